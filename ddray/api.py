@@ -19,7 +19,7 @@ from ddray.config import parse_overrides, takes
 from ddray.data import Dataset, SplitName, open_dataset
 from ddray.data.own import Own, store
 from ddray.distillation.loop import run_distillation
-from ddray.errors import InputError
+from ddray.errors import InputError, InterruptedRunError
 from ddray.evaluation.options import EvaluateOptions, EvaluateResult, EvaluateRunOptions
 from ddray.jobs import distill as distill_job
 from ddray.jobs import score
@@ -28,7 +28,7 @@ from ddray.jobs.options import DistillOptions, PlanOptions, ShardOptions
 from ddray.jobs.plan import Plan, plan_of
 from ddray.nets.names import register_net
 from ddray.ranking import DEFAULT_SPACE
-from ddray.ranking.options import NasModes, NasOptions, NasRequest
+from ddray.ranking.options import NasModes, NasOptions, NasRequest, named_file
 from ddray.ranking.result import ArchList, NasResult
 from ddray.runs.folder import read_config
 from ddray.runs.recovery import recovering
@@ -96,6 +96,7 @@ def distill(
     Raises:
         InputError: a name or a value is invalid.
         DivergedError: the loss became NaN.
+        InterruptedRunError: a signal ended the run; the same call with its `run_dir` continues it.
     """
     plan = _plan({**options, "method": method, "dataset": dataset, "test": test}, settings)
     how, shards = DistillOptions.pick({"resume": True, **options}), ShardOptions.pick(options)
@@ -106,7 +107,12 @@ def distill(
             run_dir = how.run_dir or Path(folder) / "run"
             how = how.model_copy(update={"run_dir": run_dir})
             more_steps = {**options, **(settings or {})}.get("steps") is not None
-            return load_set(Path(_distil(plan, how, shards, more_steps).artifact))
+            try:
+                return load_set(Path(_distil(plan, how, shards, more_steps).artifact))
+            except InterruptedRunError as error:
+                if run_dir.is_relative_to(folder):  # which ends here: nothing goes on from it
+                    raise KeyboardInterrupt from error
+                raise
     name = SplitName(how.val_seed, how.val_images)
     split, _ = name.carve(plan.dataset.train())
     with on_device(how.device) as device:
@@ -273,7 +279,7 @@ def nas(
     """Rank architectures on distilled sets, and compare with their ranking on the whole dataset.
 
     Args:
-        proxies: one or several distilled sets, or their files.
+        proxies: one or several distilled sets, or their files, also as `name=FILE`.
         dataset: the real data, as `distill` takes it; default the first set's.
         test: the test half of a torch Dataset or of tensors.
         options: see below.
@@ -297,9 +303,12 @@ def nas(
         return command.compare_scores(modes.scores, parsed)
     run = RunOptions.pick(options)
     parsed = with_gpus(parsed, read_config(run.run_dir) if run.resume else {})
-    with _files(sets) as paths:
+    with _files([one if isinstance(one, DistilledSet) else named_file(one).path for one in sets]) as paths:
+        named = [
+            path if isinstance(one, DistilledSet) else one for path, one in zip(paths, sets, strict=True)
+        ]
         return command.run_nas(
-            NasRequest.pick({**options, "proxies": paths}),
+            NasRequest.pick({**options, "proxies": named}),
             parsed,
             resolve_config(parsed, (parse_overrides(modes.sets),)),
             nas_executor(parsed),

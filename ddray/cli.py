@@ -71,7 +71,7 @@ def version(
 _USAGE_ERROR: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _NO_ARGUMENTS = "NoArgsIsHelpError"  # what is raised once the help has been printed
 _INTERRUPTED = 130  # what Typer returns after Ctrl-C
-_CONTINUE = "interrupted; run again with --resume and the same --run-dir to continue"
+_CONTINUE = "interrupted; run the command again, with --resume where its --run-dir is there by now"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -88,9 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr
-    )
+    level = logging.DEBUG if debug else logging.INFO
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", handlers=[_StderrHandler()])
     for name in ("matplotlib", "torch", "filelock", "fsspec", "PIL", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
     sys.exit(_run(arguments, debug))
@@ -107,14 +106,25 @@ def _run(arguments: list[str], debug: bool) -> int:
             return 0
         if debug and not isinstance(error, (_USAGE_ERROR, InterruptedRunError)):
             traceback.print_exc()
-        return _fail(*_explain(error))
+        return _fail(*_explain(error, arguments))
     if code == _INTERRUPTED:
         return _fail(_CONTINUE, 1)
     return code if isinstance(code, int) else 0
 
 
-def _explain(error: Exception) -> tuple[str, int]:
-    """Return what is printed of an error, and the exit code."""
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Writes to what stderr is at the time: while progress is drawn, that prints above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+def _explain(error: Exception, arguments: list[str]) -> tuple[str, int]:
+    """Return what is printed of an error of a command, and the exit code."""
+    if isinstance(error, InterruptedRunError):
+        return error.with_command(arguments), error.exit_code
     if isinstance(error, _USAGE_ERROR):
         return error.format_message(), 2
     if isinstance(error, DdrayError):

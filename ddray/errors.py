@@ -1,7 +1,9 @@
 """The errors that ddray raises on purpose, and the did-you-mean hint they share."""
 
 import difflib
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class DdrayError(Exception):
@@ -37,7 +39,26 @@ class DeviceMissingError(DeviceError):
 
 
 class InterruptedRunError(DdrayError):
-    """SIGINT or SIGTERM ended a run that --resume can continue."""
+    """SIGINT or SIGTERM ended work that the same call continues; with --resume where it has a run folder.
+
+    Attributes:
+        event: what happened.
+        folder: the run's; None: what was done lies where the call finds it.
+    """
+
+    def __init__(self, event: str, folder: Path | None = None) -> None:
+        where = "the same command" if folder is None else f"--run-dir {folder} --resume"
+        super().__init__(f"{event}; run again with {where} to finish it")
+        self.event, self.folder = event, folder
+
+    def with_command(self, words: Sequence[str]) -> str:
+        """Return the message for people who typed `words`: it names the command that goes on."""
+        further: list[str] = []
+        if self.folder is not None:
+            is_named = any(word.partition("=")[0] == "--run-dir" for word in words)
+            further += [] if is_named else ["--run-dir", str(self.folder)]
+            further += [] if "--resume" in words else ["--resume"]
+        return f"{self.event}; continue with: {shlex.join(['ddray', *words, *further])}"
 
 
 def one_line(error: object, length: int | None = None) -> str:

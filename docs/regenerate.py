@@ -87,10 +87,10 @@ def _presets(method: str, budget: bool) -> Iterator[str]:
 
 def _settings(config: type[Config], prefix: str = "method.") -> Iterator[str]:
     """Yield a table of the method's own settings."""
-    lines = [
-        f"| `{name}` | {_cell(default)} | {meaning.replace('|', chr(92) + '|')} |"
-        for name, default, meaning in fields_of(config, prefix)
-    ]
+    lines = []
+    for name, default, meaning in fields_of(config, prefix):
+        text = meaning.replace("|", "\\|")
+        lines.append(f"| `{name}` | {_cell(default)} | {text} |")
     if lines:
         yield "## Settings"
         yield "\n".join(["| `--set` | default | meaning |", "|---|---|---|", *lines])

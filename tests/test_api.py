@@ -343,7 +343,7 @@ class TestExport:
         distilled.save(tmp_path / "a.pt")
         assert ddray.export(tmp_path / "a.pt", tmp_path / "a.parquet").is_file()
         assert ddray.export(distilled, tmp_path / "b").is_dir()
-        assert ddray.export(distilled, tmp_path / "c.parquet", form="folder").is_dir()
+        assert ddray.export(distilled, tmp_path / "c", form="folder").is_dir()
         assert load(tmp_path / "a.pt").meta == ddray.load(tmp_path / "a.pt").meta
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +25,16 @@ from ddray.artifact.schedule import Schedule
 from ddray.config import Config, added
 from ddray.data import PixelSpace
 from ddray.data.packed import PackedImages
+from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.system.files import write_atomically
+from ddray.system.tensors import sha256_of
 
-FORMAT_VERSIONS: Final = (1, 2)
-"""Versions that are read. Files are of version 2 only if their meta has what version 1 lacks."""
+FORMAT_VERSIONS: Final = (1, 2, 3)
+"""Versions that are read. Files are of version 2 only if their meta has what version 1 lacks, and of
+version 3 only in the folder of a run, whose sets share their whitening."""
+WHITENING: Final = "whitening"
+"""Entry of a version 3 file: the name of the file, in a folder above, that has its ZCA."""
 ADDED: Final = ("label_kind", "learned_lr", "schedule")
 """Fields of meta that version 2 brought."""
 LabelKind = Literal["logits", "probabilities", "values"]
@@ -90,6 +96,25 @@ class Meta(Config):
     def format_version(self) -> int:
         """The version of a file with this meta."""
         return FORMAT_VERSIONS[any(getattr(self, name) is not None for name in ADDED)]
+
+    @property
+    def name(self) -> str:
+        """What people call the set, such as `datadam-cifar10-ipc1-seed0`."""
+        return set_name(self.method, self.dataset, ipc=self.ipc, budget=self.budget, seed=self.seed)
+
+
+def set_name(method: str, dataset: str, *, ipc: int, budget: int | None, seed: int | None) -> str:
+    """Return a set's name: method, dataset (of a folder the last part), size, and seed if there is one."""
+    size = f"ipc{ipc}" if budget is None else f"budget{budget}"
+    base = Path(DatasetRef.parse(dataset).base).name
+    parts = (method, base, size, *(() if seed is None else (f"seed{seed}",)))
+    return "-".join(re.sub(r"[^\w.]+", "-", part) for part in parts)
+
+
+def name_of_file(path: Path, meta: Meta) -> str:
+    """Return what people call a set's file: its name, or where ddray gave it that, what is in it."""
+    is_ours = path.stem == "distilled" or re.fullmatch("[0-9a-f]{64}", path.stem) is not None
+    return meta.name if is_ours else path.stem
 
 
 @dataclass(frozen=True)
@@ -226,6 +251,11 @@ class DistilledSet:
         name, second = next((name, one) for name, one in tensors.items() if one is not None)
         return dict(self.compact) or {"images": self.images, name: second}
 
+    def made_of(self) -> dict[str, int]:
+        """Return the bytes of what the file holds, by name."""
+        parts = {name: tensor.nbytes for name, tensor in self._stored().items()}
+        return parts | ({"whitening": sum(one.nbytes for one in self.zca.values())} if self.zca else {})
+
     def check_storage(self) -> None:
         """Check that `storage_floats` counts every stored value except labels and ZCA; else InputError."""
         floats = sum(tensor.numel() for name, tensor in self._stored().items() if name != "labels")
@@ -237,8 +267,11 @@ class DistilledSet:
         tensors = (self.images, self.targets, self.soft_labels, *self.compact.values())
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: Path | str, *, shared: Path | None = None) -> None:
         """Validate, then write the file atomically.
+
+        A run writes the whitening of its sets (38 MB for images of 32 px) once, to its folder `shared`, up to
+        two folders above them; by default a file is whole.
 
         Raises:
             InputError: the set is not valid.
@@ -246,8 +279,24 @@ class DistilledSet:
         """
         self.validate()
         contents: dict[str, Any] = {"format_version": self.meta.format_version}
-        for name, tensor in {**self._stored(), **self.zca}.items():
+        apart = self.zca if shared is not None else {}
+        if shared is not None and apart:
+            contents = {"format_version": FORMAT_VERSIONS[-1], WHITENING: _write_whitening(shared, apart)}
+        for name, tensor in {**self._stored(), **(self.zca if not apart else {})}.items():
             # A copy: torch.save writes the whole storage behind a view.
             contents[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         contents["meta"] = json.dumps(self.meta.dump(), sort_keys=True)
         write_atomically(Path(path), lambda file: torch.save(contents, file))
+
+
+def _write_whitening(folder: Path, zca: Mapping[str, Tensor]) -> str:
+    """Write a whitening to a run's folder unless it is there; return the name of its file."""
+    file = folder / whitening_name(zca)
+    if not file.exists():
+        write_atomically(file, lambda target: torch.save(dict(zca), target))
+    return file.name
+
+
+def whitening_name(zca: Mapping[str, Tensor]) -> str:
+    """Return the name of the file that has a whitening, which is a hash of it."""
+    return f"{WHITENING}-{sha256_of(zca[name] for name in ZCA)[:16]}.pt"

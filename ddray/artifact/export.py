@@ -42,10 +42,10 @@ def export_set(distilled: DistilledSet, out: Path, form: str | None = None) -> P
     form = form or ("parquet" if suffix == PARQUET else "folder")
     if form == "parquet" and suffix != PARQUET:
         raise InputError(f"a parquet file's name must end in {PARQUET}, got {out.name}")
-    if form != "parquet" and suffix in _ARCHIVES:
+    if form != "parquet" and suffix in (*_ARCHIVES, PARQUET):
         raise InputError(
-            f"pictures must go to a folder or a {PARQUET} file, got {out.name}; export to "
-            f"{out.name.partition('.')[0]}, then pack that folder"
+            f"the form {form} is a folder, whose name must not end as a file's, got {out.name}; use "
+            f"{out.name.partition('.')[0]} (and pack that folder then)"
         )
     return FORMS[form](distilled, out)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddray.artifact.conversion import FOREIGN, adopt, selected
 from ddray.artifact.decoders import get_decoder
-from ddray.artifact.distilled_set import FORMAT_VERSIONS, ZCA, DistilledSet, Meta
+from ddray.artifact.distilled_set import FORMAT_VERSIONS, WHITENING, ZCA, DistilledSet, Meta, whitening_name
 from ddray.artifact.exported import exported_meta, is_parquet, read_parquet
 from ddray.artifact.foreign import ForeignRequest, format_of
 from ddray.artifact.options import ForeignOptions
@@ -82,15 +82,32 @@ def _file_in(path: Path) -> Path:
 def _own(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
     version = contents["format_version"]
     if not isinstance(version, int) or version not in FORMAT_VERSIONS:
-        versions = " or ".join(map(str, FORMAT_VERSIONS))
+        versions = ", ".join(map(str, FORMAT_VERSIONS))
         raise InputError(f"{path}: format_version must be {versions}, got {version}; update ddray")
-    tensors = {key: value for key, value in contents.items() if key not in ("format_version", "meta")}
+    others = ("format_version", "meta", WHITENING)
+    tensors = {key: value for key, value in contents.items() if key not in others}
+    if WHITENING in contents:
+        tensors |= _whitening(path, str(contents[WHITENING]))
     wrong = [key for key, value in tensors.items() if not is_plain(value)]
     if wrong:
         raise InputError(f"{path}: {', '.join(wrong)} must be dense tensors")
     meta = _meta(path, contents)
     zca: dict[str, Tensor] = {key: tensors.pop(key) for key in ZCA if key in tensors}
     return _validated(path, lambda: get_decoder(meta.decoder).read(meta, tensors, zca))
+
+
+def _whitening(path: Path, name: str) -> dict[str, Tensor]:
+    """Return the ZCA of a set in a run folder, whose sets share it."""
+    folders = path.absolute().parents[:3]
+    file = next((file for folder in folders if (file := folder / Path(name).name).is_file()), None)
+    if file is None:
+        raise InputError(
+            f"{path} must have its whitening {name} beside it, as its run folder has: copy it too"
+        )
+    zca: dict[str, Tensor] = read_tensors(file)
+    if whitening_name(zca) != file.name:
+        raise InputError(f"{file} must be the whitening that its name has the hash of; copy it again")
+    return zca
 
 
 def _meta(path: Path, contents: Mapping[str, Any]) -> Meta:

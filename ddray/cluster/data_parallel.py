@@ -178,7 +178,7 @@ def _fit(job: ParallelJob) -> dict[str, Any]:
             warnings.simplefilter("ignore", DeprecationWarning)
             returned: Any = _in_thread(trainer.fit).return_value
     except KeyboardInterrupt as error:
-        raise InterruptedRunError("interrupted; run the command again to continue") from error
+        raise InterruptedRunError("the training was interrupted") from error
     except Exception as error:
         raise _failure(error) from error
     if isinstance(returned, DdrayError):
@@ -250,7 +250,7 @@ def train_worker(config: Mapping[str, Any]) -> dict[str, Any] | DdrayError:
         except DivergedError as error:
             return error
     if team.rank:  # the weights are the same everywhere
-        tensors = {"features": tensors["features"]}
+        tensors = {}
     path, peak = _part(job.folder, team.rank), {_PEAK: str(measured[_PEAK])}
     with storage_errors(path):
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, peak)
@@ -262,23 +262,13 @@ def _part(folder: Path, rank: int) -> Path:
 
 
 def _collected(folder: Path, num_workers: int) -> tuple[dict[str, Tensor], int]:
-    """Return the first worker's weights and all workers' features, and the largest peak of their memory."""
-    import torch
+    """Return the first worker's weights, and the largest peak of the workers' memory."""
     from safetensors import safe_open
     from safetensors.torch import load_file
 
-    from ddray.system.tensors import empty_matrix
-
     files = [_part(folder, rank) for rank in range(num_workers)]
-    tensors = load_file(files[0])
     parts: list[Any] = [safe_open(file, framework="pt") for file in files]
-    if num_workers > 1:  # one after another: together they may be more than the memory
-        lengths = [part.get_slice("features").get_shape()[0] for part in parts]
-        features = empty_matrix(sum(lengths), tensors["features"], "cpu")
-        for rows, part in zip(torch.split(features, lengths), parts, strict=True):
-            rows.copy_(part.get_tensor("features"))
-        tensors["features"] = features
-    return tensors, max(int(part.metadata()[_PEAK]) for part in parts)
+    return load_file(files[0]), max(int(part.metadata()[_PEAK]) for part in parts)
 
 
 class RayCheckpoints:

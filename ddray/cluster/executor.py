@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddray.cluster.runtime import check_capacity, check_temporary_folder, ray_runtime, sigterm_as_sigint
 from ddray.errors import DeviceError, DeviceMissingError, InputError
 from ddray.runs.executor import Executor, LocalExecutor, Outcome, Task, WorkerPool
 from ddray.runs.recovery import recovering
+from ddray.system.progress import report_of, reported_to
 from ddray.system.worker import prepare_worker, set_threads
 
 if TYPE_CHECKING:
@@ -93,9 +95,10 @@ class _Worker:
 
         return str(ray.get_runtime_context().get_node_id())
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call the function; once more if memory runs out."""
-        return recovering(function, *arguments)
+    def run(self, report: Path | None, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the function; once more if memory runs out. What it does is reported to a file."""
+        with reported_to(report):
+            return recovering(function, *arguments)
 
 
 @dataclass
@@ -171,7 +174,7 @@ class RayWorkers(WorkerPool):
             actor_class: Any = ray.remote(**options)(_Worker)
             actor = actor_class.remote(cpus)
         awake = actor.awake.remote()  # before the task: process start-up is not part of its time
-        reference = actor.run.remote(task.function, *task.arguments)
+        reference = actor.run.remote(report_of(task.key), task.function, *task.arguments)
         self._running[reference] = _Running(task, attempt, actor, awake)
 
     def _next(self, timeout_s: float | None) -> tuple[Task, Outcome] | None:

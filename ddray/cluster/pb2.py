@@ -32,6 +32,7 @@ from ddray.runs.ledger import Row
 from ddray.seeding import derive_numpy, derive_seed, forked_numpy
 from ddray.system.files import write_text
 from ddray.system.memory import peak_bytes
+from ddray.system.progress import progress
 from ddray.tuning.payload import Payload
 from ddray.tuning.shards import Schedule, distil, distil_in_shards
 from ddray.tuning.space import Range, Space, sample
@@ -125,7 +126,7 @@ def run_pb2(search: Search, payload: Payload, workers: WorkerPool) -> None:
             history = _exploit(members, history, space, job.seed, generation)
     for member, params in zip(members, initial, strict=True):
         _publish(search, member, params, time.perf_counter() - begin)
-    write_study(search.run.folder / "optuna.journal", search.space, search.rows())
+    write_study(search.run.folder, search.name, search.space, search.rows())
 
 
 def _run_segments(
@@ -146,11 +147,14 @@ def _run_segments(
         for key, (member, path) in missing.items()
     ]
     errors = {}
-    for outcome in workers.run(tasks):
-        if isinstance(outcome.error, StorageError):
-            raise outcome.error
-        if outcome.error is not None:
-            errors[int(outcome.key)] = one_line(outcome.error, 300)
+    title = f"pb2, members at step {end:,}"
+    with progress(title, len(members), start=len(members) - len(tasks), watch=search.run.reports) as show:
+        for outcome in workers.run(tasks):
+            if isinstance(outcome.error, StorageError):
+                raise outcome.error
+            if outcome.error is not None:
+                errors[int(outcome.key)] = one_line(outcome.error, 300)
+            show(show.done + 1, "")
     for member, path in zip(members, paths, strict=True):
         segment: dict[str, Any] = {"error": errors.get(member.number)}
         if path.exists():

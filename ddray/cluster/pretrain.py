@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ddray.cluster.executor import RayExecutor
@@ -67,12 +68,15 @@ def _train(job: SearchJob, payload: Payload, specs: Sequence[PoolSpec], executor
     with executor.workers() as workers:
         shared = workers.share(payload)
         tasks = [Task(spec.key, train_member, (job, shared, spec)) for spec in specs]
-        _finish(workers, tasks, "run again with --resume")
+        _finish(workers, tasks, "run again with --resume", Path(job.run_dir) / "progress")
 
 
-def _finish(workers: WorkerPool, tasks: Sequence[Task], fix: str) -> None:
-    """Run tasks that train a network each; the first that can't be trained ends them all."""
-    with progress("training the pool", len(tasks)) as show:
+def _finish(workers: WorkerPool, tasks: Sequence[Task], fix: str, reports: Path) -> None:
+    """Run tasks that train a network each; the first that can't be trained ends them all.
+
+    Workers report what they do to the folder `reports`.
+    """
+    with progress("pool", len(tasks), watch=reports) as show:
         for done, outcome in enumerate(workers.run(tasks), start=1):
             if isinstance(outcome.error, DdrayError):
                 raise outcome.error
@@ -81,7 +85,7 @@ def _finish(workers: WorkerPool, tasks: Sequence[Task], fix: str) -> None:
                     f"pool network {outcome.key[:12]} failed {outcome.attempts} times: "
                     f"{one_line(outcome.error, 200)}; {fix}"
                 )
-            show(done, "")
+            show(done, "networks trained")
 
 
 def train_experts(dataset: Dataset, options: PoolOptions, recipe: Mapping[str, Any]) -> PoolResult:
@@ -111,6 +115,6 @@ def train_experts(dataset: Dataset, options: PoolOptions, recipe: Mapping[str, A
         log.info("pool: training %d experts (%s)", len(missing), missing[0].arch)
         with executor.workers() as workers:
             tasks = [Task(spec.key, train_entry, (job, spec.dump())) for spec in missing]
-            _finish(workers, tasks, "run the command again, which continues")
+            _finish(workers, tasks, "run the command again, which continues", folder / "progress")
     keys = [spec.key for spec in specs]
     return PoolResult(key=keys[0], folder=str(folder / keys[0]), keys=keys)

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 from ray.tune import Callback, FailureConfig, PlacementGroupFactory, RunConfig, TuneConfig, Tuner
-from ray.tune.logger import TBXLoggerCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from ddray.cluster.executor import RayExecutor
+from ddray.cluster.loggers import loggers, trial_name
 from ddray.cluster.searcher import NumberedSearch, stopped_row
 from ddray.errors import DdrayError, DeviceMissingError, StorageError
 from ddray.runs.executor import MAX_ATTEMPTS
 from ddray.runs.ledger import Row
 from ddray.runs.recovery import recovering
+from ddray.system.progress import reported_to
 from ddray.system.worker import prepare_worker
 from ddray.tuning.live import LiveTable
 from ddray.tuning.shards import run_in_shards
@@ -65,6 +66,10 @@ class Publisher(Callback):
         self._search, self._live = search, live
         self.error: DdrayError | None = None
 
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Show that a trial is running."""
+        self._live.update(trial.config["number"], trial.config["params"], "running", {})
+
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
@@ -104,10 +109,11 @@ class Publisher(Callback):
         self._live.update(trial_number, params, "failed", {})
 
 
-def _trainable(config: dict[str, Any], *, job: Any, payload: Any) -> None:
+def _trainable(config: dict[str, Any], *, job: Any, payload: Any, reports: Any) -> None:
     """What Tune runs in a worker."""
     # Tune replaces the worker of a trial that fails: what it raises is tried again by another process.
-    recovering(run_trial, job, payload, config["number"], config["params"], tune.report)
+    with reported_to(reports / f"{config['number']}.json"):
+        recovering(run_trial, job, payload, config["number"], config["params"], tune.report)
 
 
 def _sharded(config: dict[str, Any], *, job: Any, fingerprint: str, payload: Any, executor: Any) -> None:
@@ -129,7 +135,8 @@ def _with_resources(search: Search, payload: Payload, workers: int) -> Any:
     job, options = search.job, search.options
     bundle = {"CPU": options.cpus_per_trial, "GPU": options.gpus}
     if not job.shards:
-        trainable = tune.with_parameters(_trainable, job=job, payload=payload)  # in the object store once
+        # In the object store once.
+        trainable = tune.with_parameters(_trainable, job=job, payload=payload, reports=search.run.reports)
         return tune.with_resources(trainable, PlacementGroupFactory([bundle]))
     trainable = tune.with_parameters(
         _sharded,
@@ -146,7 +153,7 @@ def run_tune(search: Search, payload: Payload, slots: int) -> None:
     job, folder = search.job, search.run.folder
     workers = max(1, min(len(job.shards), slots))
     rows = search.rows()
-    live = LiveTable(search.num_samples, len(rows))
+    live = LiveTable(search.num_samples, len(rows), search.run.reports)
     publisher = Publisher(search, live)
     asha = len(job.budgets) > 1
     tuner = Tuner(
@@ -157,11 +164,13 @@ def run_tune(search: Search, payload: Payload, slots: int) -> None:
             num_samples=-1,
             max_concurrent_trials=slots // workers,
             reuse_actors=True,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
         ),
         run_config=RunConfig(
             name=f"epoch-{job.epoch}",
             storage_path=str(folder / "tune"),
-            callbacks=[publisher, TBXLoggerCallback()],  # type: ignore[no-untyped-call]
+            callbacks=[publisher, *loggers(search)],
             failure_config=FailureConfig(max_failures=MAX_ATTEMPTS - 1),
             verbose=0,
         ),
@@ -170,4 +179,4 @@ def run_tune(search: Search, payload: Payload, slots: int) -> None:
         tuner.fit()
     if publisher.error is not None:
         raise publisher.error
-    write_study(folder / "optuna.journal", search.space, search.rows())
+    write_study(folder, search.name, search.space, search.rows())

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, Final
 
 from ddray.errors import DdrayError, InputError
+from ddray.system.progress import phase
 from ddray.system.worker import cpu_count
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ def ray_runtime(address: str | None) -> Iterator[None]:
     else:
         _check_reachable(address)
     try:
-        ray.init(address="local" if address is None else address, **settings)
+        with phase("starting Ray" if address is None else f"connecting to Ray at {address}"):
+            ray.init(address="local" if address is None else address, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         if address is not None:

@@ -17,7 +17,7 @@ from ddray.runs.ledger import Row, Unit
 from ddray.seeding import derive_seed
 from ddray.tuning.search import Search
 from ddray.tuning.space import grid, sample, suggest
-from ddray.tuning.study import STUDY, add_row, score_of, write_study
+from ddray.tuning.study import add_row, hold_numbers, score_of, write_study
 from ddray.tuning.trial import METRIC, trial_result
 
 
@@ -37,18 +37,20 @@ class TpeSource:
             seed=derive_seed(search.job.seed, "tpe", search.job.epoch) % 2**32,
             n_startup_trials=max(3, min(10, search.num_samples // 3)),
         )
-        self._storage = write_study(search.run.folder / "optuna.journal", self._space, rows)
+        self._name = search.name
+        self._storage = write_study(search.run.folder, self._name, self._space, rows)
         self._search = OptunaSearch(
             space=partial(suggest, self._space),  # define-by-run: what is drawn depends on what was
             metric=METRIC,
             mode="max",
             sampler=sampler,
-            study_name=STUDY,
+            study_name=self._name,
             storage=self._storage,
         )
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        """Return the settings of a new trial."""
+    def suggest(self, trial_id: str, trial_number: int) -> dict[str, Any]:
+        """Return the settings of a new trial, which has its number in the study too."""
+        hold_numbers(self._study(), trial_number)
         return dict(self._search.suggest(trial_id) or {})
 
     def complete(self, trial_id: str, row: Row | None) -> None:
@@ -64,7 +66,10 @@ class TpeSource:
 
     def add(self, row: Row) -> None:
         """Tell the study of a trial that it did not suggest."""
-        add_row(optuna.load_study(study_name=STUDY, storage=self._storage), self._space, row)
+        add_row(self._study(), self._space, row)
+
+    def _study(self) -> optuna.Study:
+        return optuna.load_study(study_name=self._name, storage=self._storage)
 
 
 class NumberedSearch(Searcher):
@@ -110,7 +115,7 @@ class NumberedSearch(Searcher):
     def _settings(self, trial_id: str, trial_number: int) -> dict[str, Any]:
         """Return the settings of a new trial."""
         if self._tpe is not None:
-            return self._tpe.suggest(trial_id)
+            return self._tpe.suggest(trial_id, trial_number)
         if self._points is not None:
             return dict(self._points[trial_number])
         return sample(self._search.space, self._search.job.seed, trial_number)

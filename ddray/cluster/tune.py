@@ -6,7 +6,7 @@ the search has ended, for the winner and the paper's point on fresh seeds.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,20 +31,20 @@ from ddray.ranking.objective import SpearmanObjective, spearman_objective
 from ddray.ranking.options import NasOptions
 from ddray.ranking.spaces import get_space
 from ddray.runs.folder import Run, extended_from, open_run, read_config
-from ddray.runs.ledger import Ledger, Row
+from ddray.runs.ledger import Ledger
 from ddray.runs.results import write_results
 from ddray.system.worker import device_kind
+from ddray.tuning.best import last_settings, search_result, write_best
 from ddray.tuning.costs import SearchForecast, forecast_search, record_search_costs
 from ddray.tuning.finals import run_finals
 from ddray.tuning.options import TuneOptions
 from ddray.tuning.payload import pack
 from ddray.tuning.report import write_report
 from ddray.tuning.result import TuneResult
-from ddray.tuning.search import Search, best_trial, earlier_tests, paper_trial, reopen
+from ddray.tuning.search import Search, best_trial, paper_trial, reopen
 from ddray.tuning.settings import Settings, protocol_for_sets, with_protocol
 from ddray.tuning.space import Range, Space, conditions, drawn, grid, method_space
 from ddray.tuning.start_points import Points, number_start_points, read_start_points
-from ddray.tuning.study import score_of, status_of
 from ddray.tuning.trial import ETA
 from ddray.tuning.worker import SearchJob
 
@@ -73,22 +73,24 @@ def tune(plan: Plan, options: TuneOptions, *, run_dir: Path | None, resume: bool
     most = None if options.max_concurrent is None else options.max_concurrent * (options.shards or 1)
     executor = RayExecutor(options.cpus_per_trial, options.gpus, most, options.address)
     run, start_points = _open(plan, options, settings, space, paper, num_samples, run_dir, resume)
-    job = _job(plan, options, settings, run, _nas_objective(plan, options, train, val, run))
+    with run.continued("the search"):
+        job = _job(plan, options, settings, run, _nas_objective(plan, options, train, val, run))
     search = Search(plan, options, space, paper, job, run, num_samples, start_points)
     earlier = {row.key for row in run.ledger.rows()}
     if search.missing():
-        with sigterm_as_sigint(), ray_runtime(options.address):
+        with run.continued("the search"), sigterm_as_sigint(), ray_runtime(options.address):
             _run_missing(search, train, val, executor)
     rows = search.rows()
     write_results(run.folder / "results.csv", run.ledger.rows())
     best, paper_row = best_trial(rows), paper_trial(rows)
     points = {"best": best, "paper": paper_row}
     search.close()
-    with sigterm_as_sigint():
+    with run.continued("the search"), sigterm_as_sigint():
         scores = run_finals(search, points, executor, shared_pool)
     write_results(run.folder / "results.csv", run.ledger.rows())
     record_search_costs(search, [row for row in run.ledger.rows() if row.key not in earlier])
-    result = _result(run, settings.protocol, rows, best, paper_row, scores, begin)
+    result = search_result(search, settings.protocol, rows, scores, time.perf_counter() - begin)
+    write_best(run.folder, plan, settings, last_settings(best), result.verdict)
     write_report(run.folder, result.dump(), rows, space)
     return result
 
@@ -359,33 +361,3 @@ def _num_samples(options: TuneOptions, space: Space, paper: Mapping[str, Any], s
         if options.time_budget is not None:
             raise InputError("--time-budget can't be used with strategy pb2, whose trials end together")
     return options.num_samples
-
-
-def _result(
-    run: Run,
-    protocol: str,
-    rows: Sequence[Row],
-    best: Row,
-    paper: Row | None,
-    scores: Mapping[str, Any],
-    begin: float,
-) -> TuneResult:
-    objective, statuses = best.result["objective"], [status_of(row) for row in rows]
-    best_score, paper_score = (score_of(row.result) if row else None for row in (best, paper))
-    none = {"test_accuracy_mean": None, "test_accuracy_std": None}
-    return TuneResult.parse(
-        {
-            "run_dir": str(run.folder),
-            "objective": objective,
-            "protocol": protocol,
-            "num_trials": len(rows),
-            "num_failed": statuses.count("failed"),
-            "num_stopped_early": statuses.count("stopped early"),
-            "best": {"config": best.spec["params"], objective: best_score, "trial": best.spec["number"]},
-            "paper_point": {objective: paper_score, **(scores["paper"]["scores"] if paper else none)},
-            "artifact": scores["best"]["artifact"],
-            **scores["best"]["scores"],
-            **({"earlier_tests": tests} if (tests := earlier_tests(run)) else {}),
-            "wall_s": time.perf_counter() - begin,
-        }
-    )

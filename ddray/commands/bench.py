@@ -32,7 +32,7 @@ def bench(emit: Emit, file: Path, dry_run: bool = False, **options: Any) -> None
 
     if dry_run:
         costs = api.forecast(file, **options)
-        emit(costs, lambda: display.forecast_tables(costs.dump()))
+        emit(costs, lambda: [*display.forecast_tables(costs.dump()), display.without("--dry-run")])
         return
     result = api.bench(file, **options)
     emit(result, lambda: display.bench_tables(result))

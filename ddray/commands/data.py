@@ -21,7 +21,9 @@ def data_info(emit: Emit, name: str, **options: Any) -> None:
     from ddray.data.loaders import data_info as describe_dataset
 
     result = describe_dataset(name, **DataOptions.pick(options).opening())
-    emit(result, display.table_of(name, {**result.dump(), "warnings": "\n".join(result.warnings)}))
+    lines = {**result.dump(), "warnings": "\n".join(result.warnings)}
+    next_step = display.next_step("distill", "--method", "dm", "--dataset", name, "--ipc", 1)
+    emit(result, lambda: [display.table_of(name, lines), next_step])
 
 
 @command(DataFolder, example="ddray data list --data-dir ~/datasets")
@@ -31,4 +33,4 @@ def data_list(emit: Emit, **options: Any) -> None:
 
     result = list_datasets(data_dir=DataFolder.pick(options).data_dir)
     lines = {entry["name"]: "found" if entry["found"] else "-" for entry in result.datasets}
-    emit(result, display.table_of("datasets", lines))
+    emit(result, lambda: [display.table_of("datasets", lines), display.next_step("data", "info", "digits")])

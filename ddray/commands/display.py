@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import shlex
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,32 @@ if TYPE_CHECKING:
     from ddray.tables.columns import Column
     from ddray.tables.result import BenchResult
     from ddray.tuning.costs import SearchForecast
-    from ddray.tuning.result import BestTrial, PaperPoint, TuneResult
 
 
 def show(tables: Any) -> None:
-    """Print a table, or a list of tables, on stdout."""
+    """Print a table, or a list of tables and lines, on stdout; a line is not broken."""
     console = plain_console()
     for table in tables if isinstance(tables, list) else (tables,):
-        console.print(table)
+        is_line = isinstance(table, str)
+        console.print(table, soft_wrap=is_line, highlight=False if is_line else None)
+
+
+def next_step(*words: object) -> str:
+    """Return the line that says what to type next: `ddray` with these words."""
+    return "next: " + shlex.join(["ddray", *map(typed, words)])
+
+
+def typed(word: object) -> str:
+    """Return a word as people type it: a path below this folder from here."""
+    here = Path.cwd()
+    if isinstance(word, Path) and word.is_relative_to(here):
+        word = word.relative_to(here)
+    return str(word)
+
+
+def without(option: str) -> str:
+    """Return the line that says to type the command again, without an option."""
+    return next_step(*(word for word in sys.argv[1:] if word != option))
 
 
 def table_of(title: str, values: Mapping[str, Any]) -> Any:
@@ -58,6 +77,14 @@ def _table(title: str | None, headers: Sequence[Any], rows: Iterable[Iterable[ob
     for row in rows:
         table.add_row(*(None if cell is None else str(cell) for cell in row))
     return table
+
+
+def pool_list(models: Sequence[PoolModel]) -> list[Any]:
+    """Return a table of a pool's entries, and the next step."""
+    words = (
+        ("show", models[0].key[:12]) if models else ("train", "--kind", "supervised", "--dataset", "digits")
+    )
+    return [pool_table(models), next_step("pool", *words)]
 
 
 def pool_table(models: Sequence[PoolModel]) -> Any:
@@ -113,8 +140,7 @@ def evaluate_tables(title: str, protocol: str, result: dict[str, Any]) -> list[A
         pairs = zip(results, lines, strict=True)
         tables.append(_table(None, titles, ((one["arch"], *line.values()) for one, line in pairs)))
     if folder := result.get("run_dir"):
-        record = {"run": folder, "page": f"ddray report {folder}", "failed networks": result["num_failed"]}
-        tables.append(table_of("record", record))
+        tables.append(table_of("record", {"run": folder, "failed networks": result["num_failed"]}))
     return tables
 
 
@@ -129,35 +155,6 @@ def _measured(result: dict[str, Any], measures: Mapping[str, Any]) -> Iterator[t
             yield f"{measure.title} %", percent(value, std)
         else:
             yield measure.title, f"{value:.4g}" + ("" if std is None else f" +- {std:.2g}")
-
-
-def tune_tables(result: TuneResult) -> list[Any]:
-    """Return a table of a search's results and files."""
-    best, paper, folder = result.best, result.paper_point, Path(result.run_dir)
-    tests = ", ".join(map(str, result.earlier_tests))
-    summary = {
-        "trials": f"{result.num_trials} ({result.num_failed} failed, "
-        f"{result.num_stopped_early} stopped early)",
-        "protocol": result.protocol,
-        "best config": json.dumps(best.config) + f" (trial {best.trial})",
-        **_val_line(result.objective, best, paper),
-        "test accuracy %": percent(result.test_accuracy_mean, result.test_accuracy_std)
-        + f" (paper's point {percent(paper.test_accuracy_mean, paper.test_accuracy_std)})",
-        **({"test opened before": f"after {tests} trials"} if tests else {}),
-        "seconds": f"{result.wall_s:.0f}",
-        "artifact": result.artifact,
-        "picture": Path(result.artifact).with_suffix(".png"),
-        "report": folder / "report.html",
-        "table": folder / "results.csv",
-    }
-    return [table_of("search", summary)]
-
-
-def _val_line(objective: str, best: BestTrial, paper: PaperPoint) -> dict[str, str]:
-    """Return the row of the objective."""
-    if objective == "val_accuracy":
-        return {"val accuracy %": f"{percent(best[objective])} (paper's point {percent(paper[objective])})"}
-    return {"val Spearman": f"{_number(best[objective])} (paper's point {_number(paper[objective])})"}
 
 
 def methods_table(result: MethodList) -> Any:
@@ -190,10 +187,9 @@ def _method_costs(line: MethodLine) -> tuple[str, str, str]:
     return f"{line.steps:,}", networks, "-" if line.estimate_s is None else _duration(line.estimate_s)
 
 
-def method_tables(page: MethodPage, dataset: str, ipc: int) -> list[Any]:
-    """Return what a method is, its cost and its settings."""
+def method_tables(page: MethodPage, dataset: str, ipc: int, size: int) -> list[Any]:
+    """Return what a method is, its cost and its settings; `size` is what its preset's `page.size` is."""
     steps, networks, seconds = _method_costs(page)
-    size = f"--budget {100 * ipc}" if page.size == "budget" else f"--ipc {ipc}"
     facts = {
         "paper": page.paper or "-",
         "scored by": f"--protocol {page.protocol}",
@@ -201,13 +197,13 @@ def method_tables(page: MethodPage, dataset: str, ipc: int) -> list[Any]:
         f"on {dataset}, ipc {ipc}": page.unsuited
         or f"{steps} steps, {networks} networks, time here {seconds}",
         "tune varies": {name: _ranges(space) for name, space in page.search_space.items()},
-        "next": f"ddray distill --method {page.name} --dataset {dataset} {size}",
     }
     settings = ((one["name"], _value(one["default"]), one["meaning"]) for one in page.settings)
-    tables = [page.description, "", table_of(page.name, facts)]
-    return (
-        [*tables, _table("settings", ("--set", "default", "meaning"), settings)] if page.settings else tables
-    )
+    return [
+        *(page.description, "", table_of(page.name, facts)),
+        *([_table("settings", ("--set", "default", "meaning"), settings)] if page.settings else ()),
+        next_step("distill", "--method", page.name, "--dataset", dataset, f"--{page.size}", size),
+    ]
 
 
 def _ranges(space: Mapping[str, Any]) -> str:
@@ -231,25 +227,32 @@ def nas_tables(result: NasResult) -> list[Any]:
     from rich import box
     from rich.table import Table
 
+    from ddray.ranking.figures_of_merit import ENOUGH_ARCHS, TOO_FEW, is_telling
+
     title = f"{result.num_archs} architectures of {result.space}"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("proxy", overflow="fold")
     for name in ("Spearman", "95 %", "top 20 %", "top-1 %", "best %", "test %", "images", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
     for proxy in result.proxies:
-        low, high = proxy.spearman_ci95 or (None, None)
+        figures = proxy.dump()
+        low, high = figures["spearman_ci95"] or (None, None)
+        few = [not is_telling(figures, name) for name in ("spearman", "spearman_top20")]
         table.add_row(
-            *(proxy.proxy, _number(proxy.spearman), f"{_number(low)}..{_number(high)}"),
-            *(_number(proxy.spearman_top20), percent(proxy.top1_truth_accuracy)),
+            *(proxy.proxy, "too few" if few[0] else _number(proxy.spearman)),
+            "" if few[0] else f"{_number(low)}..{_number(high)}",
+            *("too few" if few[1] else _number(proxy.spearman_top20), percent(proxy.top1_truth_accuracy)),
             *(percent(proxy.best_truth_accuracy), percent(proxy.top1_test_accuracy)),
             f"{proxy['storage_images']:g}",
             f"{proxy['wall_s']:.1f}",
         )
+    least = min((proxy.dump().get("num_archs", 0) for proxy in result.proxies), default=0)
+    notes = [f"note: {least} architectures are {TOO_FEW}"] if 0 < least < ENOUGH_ARCHS else []
     if result.run_dir is None:
-        return [table]
+        return [table, *notes]
     names = {"report": "report.html", "table": "results.csv", "plot": "scatter.png"}
     files = {label: Path(result.run_dir) / name for label, name in names.items()}
-    return [table, table_of("files", files)]
+    return [table, *notes, table_of("files", files), next_step("report", Path(result.run_dir))]
 
 
 def _number(value: float | None) -> str:
@@ -286,9 +289,9 @@ def bench_tables(result: BenchResult) -> list[Any]:
         "seconds": f"{result.wall_s:.0f}",
         "table": Path(result.run_dir) / "table.csv",
         **{name: path for name, path in files.items() if path.is_file()},
-        "page": f"ddray report {Path(result.run_dir)}",
     }
-    return [*tables, table_of("bench", summary)]
+    remarks = [f"note: {sentence}" for sentence in result.anomalies]
+    return [*tables, *remarks, table_of("bench", summary), next_step("report", Path(result.run_dir))]
 
 
 def _text(column: Column, cell: dict[str, Any]) -> str:

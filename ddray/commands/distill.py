@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ddray.commands import display
+from ddray.commands import endings
 from ddray.commands.options import Emit, command
 from ddray.jobs.options import DistillOptions, PlanOptions, ShardOptions
 
@@ -18,4 +18,4 @@ def distill(emit: Emit, **options: Any) -> None:
     from ddray import api
 
     result = api.distill_to_run(**options)
-    emit(result, display.table_of("distilled", result.dump()))
+    emit(result, lambda: endings.distill_tables(result))

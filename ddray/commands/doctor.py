@@ -29,7 +29,8 @@ def doctor(emit: Emit, **options: Any) -> None:
     run_dir = parsed.run_dir.absolute()
     result = examine(address=parsed.address, run_dir=run_dir, data_dir=parsed.data_dir)
     lines = {check.check: f"{check.status}: {check.detail}" for check in result.checks}
-    emit(result, display.table_of("doctor", lines))
+    next_step = display.next_step("distill", "--method", "dm", "--dataset", "digits", "--ipc", 1)
+    emit(result, lambda: [display.table_of("doctor", lines), *((next_step,) if result.ok else ())])
     if not result.ok:
         failed = [check.check for check in result.checks if check.status == "failed"]
         raise DdrayError(f"failed checks: {', '.join(failed)}; see above")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ddray.commands import display
+from ddray.commands import endings
 from ddray.commands.options import Emit, command
 from ddray.config import AbsolutePath, Config
 from ddray.errors import DdrayError
@@ -30,8 +30,7 @@ def evaluate(emit: Emit, file: Path, **options: Any) -> None:
     from ddray import api
 
     result = api.evaluate(file, **options)
-    title = f"{file.name}: {result.protocol}, {result.split}"
-    emit(result, lambda: display.evaluate_tables(title, result.protocol, result.dump()))
+    emit(result, lambda: endings.evaluation(file, result))
     if result.num_failed:
         first = result.failures[0]
         raise DdrayError(

@@ -1,6 +1,5 @@
 """`ddray export`: a distilled set for other tools."""
 
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +44,10 @@ def export(emit: Emit, file: Path, out: Path, form: Any = None, **foreign: Any) 
     if form not in (None, *FORMS):
         raise unknown("--format", form, FORMS)
     distilled = api.load(file, **foreign)
+    out = out.absolute()
     card = export_set(distilled, out, form)
     facts = {"out": str(out), "num_images": len(distilled.decode().images)}
     result = ExportResult.parse(facts if card is None else {**facts, "card": str(card)})
-    dataset = "" if card is not None else f" --dataset {distilled.meta.dataset}"
-    dataset += " --pixel-space zca" if card is None and distilled.zca else ""
-    line = f"ddray evaluate {shlex.quote(str(out))}{dataset}"
-    emit(result, display.table_of("exported", {**result.dump(), "next": line}))
+    space = ("--pixel-space", "zca") if card is None and distilled.zca else ()
+    next_step = display.next_step("evaluate", out, "--dataset", distilled.meta.dataset, *space)
+    emit(result, lambda: [display.table_of("exported", result.dump()), next_step])

@@ -83,7 +83,8 @@ def methods(emit: Emit, name: str | None = None, **options: Any) -> None:
     dataset = open_dataset(choice.dataset, data_dir=choice.data_dir)
     if name is not None:
         page = _page(name, dataset, choice.ipc)
-        emit(page, lambda: display.method_tables(page, dataset.name, choice.ipc))
+        size = choice.ipc * (dataset.num_classes if page.size == "budget" else 1)
+        emit(page, lambda: display.method_tables(page, dataset.name, choice.ipc, size))
         return
     lines = [_line(method, dataset, choice.ipc) for method in method_names()]
     result = MethodList(dataset=dataset.name, ipc=choice.ipc, methods=lines)

@@ -35,7 +35,10 @@ def pool_train(emit: Emit, **options: Any) -> None:
         result = _train_here(opened, parsed, recipe)
     else:
         result = _train_on_workers(opened, parsed, recipe)
-    emit(result, display.table_of("pool", {**result.dump(), "keys": "\n".join(result.keys)}))
+    lines = {**result.dump(), "keys": "\n".join(result.keys)}
+    emit(
+        result, lambda: [display.table_of("pool", lines), display.next_step("pool", "show", result.key[:12])]
+    )
 
 
 def _train_on_workers(opened: Dataset, options: PoolOptions, recipe: dict[str, Any]) -> PoolResult:
@@ -76,7 +79,7 @@ def pool_list(emit: Emit) -> None:
     from ddray.pool.listing import list_pool
 
     result = list_pool()
-    emit(result, lambda: display.pool_table(result.models))
+    emit(result, lambda: display.pool_list(result.models))
 
 
 @command(KeyArgument, example="ddray pool show 3f2a", arguments=("key",))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ddray.commands import display
+from ddray.commands import display, endings
 from ddray.commands.options import Emit, command
 from ddray.config import Config
 from ddray.jobs.options import PlanOptions
@@ -30,7 +30,7 @@ def tune(emit: Emit, dry_run: bool = False, **options: Any) -> None:
 
     if dry_run:
         costs = api.forecast_tune(**options)
-        emit(costs, lambda: display.search_forecast_tables(costs))
+        emit(costs, lambda: [*display.search_forecast_tables(costs), display.without("--dry-run")])
         return
     result = api.tune(**options)
-    emit(result, lambda: display.tune_tables(result))
+    emit(result, lambda: endings.tune_tables(result))

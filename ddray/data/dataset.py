@@ -17,6 +17,7 @@ from ddray import seeding
 from ddray.data.packed import PackedImages, parts_of
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
+from ddray.system.progress import phase
 from ddray.system.tensors import check_channels_first
 
 _SPLIT_NAME: Final = re.compile(r"train(?:-val(\d+)(?:-(\d+))?)?")
@@ -141,7 +142,8 @@ class Dataset:
 
     @cached_property
     def _train(self) -> Split:
-        split = self._checked(self.load_train(), "train")
+        with phase(f"reading {self.name}"):
+            split = self._checked(self.load_train(), "train")
         empty = (torch.bincount(split.labels, minlength=self.num_classes) == 0).nonzero()
         if len(empty):
             raise InputError(
@@ -152,7 +154,8 @@ class Dataset:
 
     @cached_property
     def _test(self) -> Split:
-        return self._checked(self.load_test(), "test")
+        with phase(f"reading the test images of {self.name}"):
+            return self._checked(self.load_test(), "test")
 
     @cached_property
     def fingerprint(self) -> str:

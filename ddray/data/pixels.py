@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Final, Literal, cast
 
 import torch
@@ -13,8 +17,12 @@ from torch import Tensor
 
 from ddray.data.dataset import Dataset, Split
 from ddray.data.packed import PackedImages, parts_of
-from ddray.errors import InputError
+from ddray.errors import InputError, StorageError
+from ddray.system.files import home, locked, write_atomically
+from ddray.system.progress import phase
+from ddray.system.tensors import load_plain, sha256_of
 
+log = logging.getLogger(__name__)
 MAX_ZCA: Final = 12_288  # 3 x 64 x 64: above, the matrix alone takes gigabytes, its eigenvectors hours
 
 ENCODE_CHUNK = 4096
@@ -40,6 +48,7 @@ class PixelSpace:
         std: per channel, used by "normalized".
         zca_mean: float32 [D], D = C * H * W.
         zca_matrix: float32 [D, D], symmetric.
+        fit_s: seconds that its fit took, whenever that was.
     """
 
     kind: Literal["raw", "normalized", "zca"] = "raw"
@@ -47,6 +56,7 @@ class PixelSpace:
     std: tuple[float, ...] = ()
     zca_mean: Tensor | None = None
     zca_matrix: Tensor | None = None
+    fit_s: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in ("raw", "normalized", "zca"):
@@ -261,6 +271,8 @@ def check_contrast(split: Split, name: str) -> None:
 def pixel_space(kind: str, dataset: Dataset, split: Split, device: torch.device | str = "cpu") -> PixelSpace:
     """Return the pixel space of a run, on the CPU; ZCA is fitted on the split, on `device`.
 
+    A fit is stored in `$DDRAY_HOME/whitening`, and made once for the same images and kind of device.
+
     Raises:
         InputError: the images are too large for ZCA.
     """
@@ -271,4 +283,40 @@ def pixel_space(kind: str, dataset: Dataset, split: Split, device: torch.device 
         raise InputError(
             f"pixel_space=zca needs images of at most {MAX_ZCA} values, got {size}; use normalized"
         )
-    return fit_zca(split, device=device).to("cpu")
+    about = f"zca 1 {torch.device(device).type} {split.images.dtype} {list(split.images.shape)}"
+    if isinstance(split.images, PackedImages):
+        digest = str(split.images.remembered("sha256", lambda: sha256_of(parts_of(split.images))))
+    else:
+        digest = sha256_of([split.images])
+    file = home() / "whitening" / f"{hashlib.sha256(f'{about} {digest}'.encode()).hexdigest()}.pt"
+    if (space := _stored(file)) is not None:
+        return space
+    with suppress(StorageError, OSError), locked(file.with_suffix(".lock")):  # of several processes one fits
+        return _stored(file) or _fitted(file, dataset, split, device)
+    return _fitted(file, dataset, split, device)
+
+
+def _stored(file: Path) -> PixelSpace | None:
+    """Return a stored fit; None if there is none that is undamaged."""
+    if not file.exists():
+        return None
+    try:
+        stored = load_plain(file)
+        return PixelSpace("zca", **{name: stored[name] for name in ("zca_mean", "zca_matrix", "fit_s")})
+    except (ValueError, TypeError, KeyError, InputError) as error:
+        log.warning("%s is damaged (%s): fitted again", file, error)
+        return None
+
+
+def _fitted(file: Path, dataset: Dataset, split: Split, device: torch.device | str) -> PixelSpace:
+    """Fit ZCA, and store it if that is possible."""
+    begin = time.perf_counter()
+    with phase(f"whitening {dataset.name}, {len(split):,} images (once)"):
+        space = fit_zca(split, device=device).to("cpu")
+    space = replace(space, fit_s=time.perf_counter() - begin)
+    stored = {name: getattr(space, name) for name in ("zca_mean", "zca_matrix", "fit_s")}
+    try:
+        write_atomically(file, lambda target: torch.save(stored, target))
+    except StorageError as error:
+        log.warning("the whitening is not kept for other runs: %s", error)
+    return space

@@ -4,7 +4,8 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -20,10 +21,15 @@ from ddray.errors import DivergedError, one_line
 from ddray.nets import build_net
 from ddray.system import numerics
 from ddray.system.files import write_atomically
+from ddray.system.interrupts import SavedInterrupt, deferred_interrupts
 from ddray.system.memory import is_short
+from ddray.system.progress import Row, progress
 
 log = logging.getLogger(__name__)
 _CURVE_POINTS: Final = 200
+_SAVE_EVERY_S: Final = 30.0
+_SAVE_SHARE: Final = 0.05
+"""Of a run's time, the most that checkpoints by time take."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Distillation:
         seconds: of all processes that led to the set, without the pool's work and without keeping snapshots;
             None if an earlier process did not count them.
         pool_s: seconds that training the pool's networks took, whenever that was.
+        whitening_s: seconds that fitting the whitening took, whenever that was.
         peak_memory_bytes: the largest of all processes (`ddray.system.memory.peak_bytes`), without the pool's
             training.
         measures: what the method measured besides, by name.
@@ -54,6 +61,7 @@ class Distillation:
     seconds_per_step: float | None
     seconds: float | None = None
     pool_s: float = 0.0
+    whitening_s: float = 0.0
     peak_memory_bytes: int | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
     precision: str | None = None
@@ -67,6 +75,7 @@ class Distillation:
         costs = {
             "seconds": self.seconds,
             "seconds_with_pool": with_pool,
+            "whitening_s": self.whitening_s or None,
             "peak_memory_bytes": self.peak_memory_bytes,
             "storage_floats": meta.storage_floats,
             "approximation_mse": mse,
@@ -107,8 +116,13 @@ def run_distillation(
     Every `checkpoint_every` steps (default: the run's setting), and at `eval_steps` (a search's rungs), the
     loss is checked, the checkpoint written, and `on_step` called with (step, loss). A run that resumes at one
     of `eval_steps` calls it for that step first, as the interrupted run may not have got to it. The sets of
-    the steps of `snapshots` are kept there; a run that finds one missing begins anew. DivergedError if a loss
-    or an image became NaN or infinite; StorageError if a file can't be written.
+    the steps of `snapshots` are kept there; a run that finds one missing begins anew. The checkpoint is also
+    written about every 30 s, and when SIGINT or SIGTERM comes, which wait for the end of the step.
+
+    Raises:
+        DivergedError: a loss or an image became NaN or infinite.
+        StorageError: a file can't be written.
+        SavedInterrupt: a signal ended the run, whose checkpoint has all of its steps.
     """
     settings = {name: ctx.config[name] for name in ("precision", "deterministic") if name in ctx.config}
     with numerics.applied(device=ctx.device.type, **settings) as applied:
@@ -154,17 +168,26 @@ def _distil(
     if done and done in eval_steps and on_step is not None:
         on_step(done, _finite(losses.last(), done, settings))
     timer = StepTimer(ctx.device)
-    for step in range(done + 1, last + 1):
-        losses.add(distiller.step()["loss"])
-        look = step % every == 0 or step == last or step in eval_steps or run.keeps(step)
-        timer.stop(sync=look)
-        if look:
-            value = _finite(losses.last(), step, settings)
-            run.keep(step)
-            run.save(step)
-            if on_step is not None:
-                on_step(step, value)
-            timer.restart()
+    with run.shown(done, last) as (show, interrupted):
+        show(done, "compiling" if ctx.compile else "")
+        for step in range(done + 1, last + 1):
+            losses.add(distiller.step()["loss"])
+            look = step % every == 0 or step == last or step in eval_steps or run.keeps(step)
+            early = not look and (interrupted() or run.is_due())
+            timer.stop(sync=look or early)
+            show(step, losses.latest())
+            if look:
+                value = _finite(losses.last(), step, settings)
+                run.keep(step)
+                run.save(step)
+                if on_step is not None:
+                    on_step(step, value)
+            elif early:
+                run.save_early(step)
+            if look or early:
+                timer.restart()
+            if interrupted():
+                raise SavedInterrupt(f"at step {step:,} of {last:,}, {run.saved}")
     distilled = run.snapshot(last)
     return Distillation(
         distilled=distilled,
@@ -173,6 +196,7 @@ def _distil(
         wall_s=time.perf_counter() - run.begin,
         seconds_per_step=timer.median(),
         pool_s=sum(run.pool.trained_s.values()),
+        whitening_s=ctx.space.fit_s,
         measures=getattr(distiller, "measures", {}),
         **run.meter.spent(),
     )
@@ -199,6 +223,11 @@ class _Losses:
         """Return the latest loss."""
         return float(self.all()[-1])
 
+    def latest(self) -> str:
+        """Return the latest loss that is on the CPU, without waiting for another, for people."""
+        on_cpu = next((loss for loss in self._recent[-1:] if loss.device.type == "cpu"), self._past[-1:])
+        return f"loss {float(on_cpu):.4g}" if len(on_cpu) else ""
+
     def restore(self, losses: Tensor) -> None:
         """Begin with the losses [num_steps] of a checkpoint."""
         self._past, self._recent = losses, []
@@ -216,7 +245,27 @@ class _Run:
         self.meter = Meter(ctx.device)
         self.pool = MeteredPool(ctx.pool, self.meter)
         self.losses = _Losses()
+        self._saved_at, self._pause_s, self.saved = time.monotonic(), _SAVE_EVERY_S, "not saved"
         distiller.setup(replace(ctx, pool=self.pool))
+
+    @contextmanager
+    def shown(self, done: int, last: int) -> Iterator[tuple[Row, Callable[[], bool]]]:
+        """Show the steps while the block does them; yield the row, and what says whether a signal came.
+
+        A run without checkpoint has nothing to wait for: a signal ends it at once.
+        """
+        if done >= last:
+            yield Row("", last), lambda: False
+            return
+        ctx = self.ctx
+        shard = f", classes {ctx.classes.start}..{ctx.classes.stop - 1}" if ctx.shard is not None else ""
+        title = f"{ctx.method} on {ctx.dataset.name}{shard}"
+        with progress(title, last, start=done, unit="step") as row:
+            if self._checkpoint is None:
+                yield row, lambda: False
+                return
+            with deferred_interrupts(lambda: row.rename(f"{title}: stops after this step")) as interrupted:
+                yield row, interrupted
 
     def restore(self) -> int:
         """Load the checkpoint, if there is one whose snapshots are there too; return its step, else 0."""
@@ -244,7 +293,25 @@ class _Run:
             "losses": self.losses.all(),
             "spent": self.meter.spent(),
         }
+        begin = time.monotonic()
         write_atomically(self._checkpoint, lambda file: torch.save(checkpoint, file))
+        self._saved_at = time.monotonic()
+        self._pause_s = max(_SAVE_EVERY_S, (self._saved_at - begin) / _SAVE_SHARE)
+        self.saved = "saved"
+
+    def is_due(self) -> bool:
+        """Return whether the last checkpoint, or the start, is long enough ago."""
+        return self._checkpoint is not None and time.monotonic() - self._saved_at >= self._pause_s
+
+    def save_early(self, step: int) -> None:
+        """Write the checkpoint between looks; not with a loss that the next look will refuse.
+
+        That look decides, as it does in a run without such checkpoints.
+        """
+        if math.isfinite(self.losses.last()):
+            self.save(step)
+        else:
+            self._saved_at, self.saved = time.monotonic(), "where its last checkpoint was"
 
     def keeps(self, step: int) -> bool:
         """Return whether the set of a step is kept."""
@@ -254,7 +321,7 @@ class _Run:
         """Write the set of a step that is kept."""
         if self.keeps(step):
             with self.meter.excluded():
-                self.snapshot(step).save(self._snapshots.path(step))
+                self.snapshot(step).save(self._snapshots.path(step), shared=self._snapshots.run_dir)
 
     def snapshot(self, step: int) -> DistilledSet:
         """Return the current set; DivergedError if an image is NaN or infinite."""

@@ -11,10 +11,11 @@ def snapshot_steps(every: int | None, num_steps: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Snapshots:
-    """Where the sets of `steps` (ascending) are kept."""
+    """Where the sets of `steps` (ascending) are kept; those of a run share the whitening in its folder."""
 
     folder: Path
     steps: tuple[int, ...]
+    run_dir: Path | None = None
 
     def path(self, step: int) -> Path:
         """Return the file of a step's set."""

@@ -42,7 +42,7 @@ from ddray.evaluation.protocol import (
 )
 from ddray.nets import check_arch
 from ddray.nets.names import resolve_arch
-from ddray.pool.spec import SUPERVISED_RECIPE, PoolSpec, teacher_spec
+from ddray.pool.spec import SUPERVISED_RECIPE, PoolSpec, features_spec, teacher_spec
 from ddray.training.embedding import embed_images
 from ddray.training.recipe import Augment, Recipe, Schedule
 
@@ -132,7 +132,8 @@ class Distribution:
     def evaluate(self, train_set: TrainSet, ctx: EvalContext, *, arch: str, seed: int) -> EvalResult:
         """Embed real, distilled and held-out images by one network, and compare."""
         begin, num_classes = time.perf_counter(), ctx.dataset.num_classes
-        entry = self.real.pool.get([self.spec(ctx, arch, (seed - self.first_seed) % self.num_networks)])[0]
+        spec = self.spec(ctx, arch, (seed - self.first_seed) % self.num_networks)
+        entry, stored = self.real.pool.get([spec, features_spec(spec)])
         net: Any = entry.module().to(ctx.device)
         encode, real = normalized_space(ctx.dataset).encode, self.real.images
         images, labels = ctx.space.decode(train_set.images), train_set.labels
@@ -140,7 +141,7 @@ class Distribution:
             embed_images(net, pixels, encode, ctx.device) for pixels in (images, ctx.split.images)
         )
         # The pool's own features; of a part of train, those of the rest follow.
-        of_real = Moments.of(entry.tensors["features"][: len(real)], real.labels, num_classes)
+        of_real = Moments.of(stored.tensors["features"][: len(real)], real.labels, num_classes)
         of_set = Moments.of(embedded, labels, num_classes)
         misplaced = (nearest_class(embedded, of_real.means) != labels).double().mean()
         right = nearest_class(held_out, of_set.means) == ctx.split.labels

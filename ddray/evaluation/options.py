@@ -305,6 +305,10 @@ class EvaluateResult(Result):
     num_failed: int = 0
     """Networks that failed; `failures` names them, and `results` are over the others."""
     failures: list[dict[str, Any]] = Field(default_factory=list)
+    name: str | None = Field(default=None, exclude=True)
+    """What people call the set."""
+    recorded_in: str | None = Field(default=None, exclude=True)
+    """Folder of the run that wrote the set, whose record the result is now in; None: of no run."""
 
     def to_pandas(self) -> pd.DataFrame:
         """Return one row per architecture."""

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -18,16 +19,17 @@ from ddray.distillation.loop import Distillation, run_distillation
 from ddray.distillation.method import DistillContext, Distiller
 from ddray.distillation.snapshots import Snapshots, snapshot_steps
 from ddray.drawing.images import save_pictures
-from ddray.errors import DdrayError, InputError
+from ddray.errors import DdrayError, InputError, StorageError
 from ddray.jobs.context import check_longer, make_context, make_distiller
 from ddray.jobs.plan import Plan
+from ddray.jobs.preset import plan_departure
 from ddray.runs.costs import record_costs
 from ddray.runs.folder import Run, extended_from, open_run, read_config
 from ddray.runs.ledger import Row, Unit
 from ddray.runs.recovery import recovering
 from ddray.runs.results import write_results
+from ddray.runs.scores import remember_run
 from ddray.system.files import storage_errors, write_text
-from ddray.system.progress import progress
 
 log = logging.getLogger(__name__)
 SNAPSHOTS: Final = "distilled-steps"
@@ -41,6 +43,8 @@ class DistillResult(Result):
 
     artifact: str
     """The set's file."""
+    name: str | None = None
+    """What people call the set, such as `datadam-cifar10-ipc1-seed0`."""
     run_dir: str
     method: str
     dataset: str
@@ -48,6 +52,10 @@ class DistillResult(Result):
     budget: int | None = None
     """Storage in images, of methods that count it."""
     steps: int
+    cut: str | None = None
+    """What was lowered of the preset's budget, such as `steps 10 of 8,000`."""
+    overridden: list[str] | None = None
+    """Names of the other settings that are not the preset's."""
     resumed_from_step: int
     wall_s: float
     seconds_per_step: float | None
@@ -59,6 +67,12 @@ class DistillResult(Result):
     """Of the distillation in all processes that worked on it, without the pool's."""
     seconds_with_pool: float | None = None
     """With the training of the pool's networks that it used, whenever that was."""
+    whitening_s: float | None = None
+    """Seconds that fitting the whitening took, whenever that was; in neither of the two above."""
+    size_bytes: int | None = None
+    """Of the set's file."""
+    made_of: dict[str, int] | None = None
+    """Bytes of what is in it: images, labels, whitening, ..."""
     peak_memory_bytes: int | None = None
     """GPU: of its tensors; CPU: of the process, with Python, libraries and dataset. Without the training of
     the pool."""
@@ -130,11 +144,13 @@ def distill(
         more_steps=more_steps,
     )
     run.ledger.begin(unit, epoch=run.epoch)
-    distiller, distillation = recovering(_run, plan, ctx, run, unit)
+    with run.continued("the run"):
+        distiller, distillation = recovering(_run, plan, ctx, run, unit)
     result = finish_run(plan, run, unit, distillation, out, getattr(distiller, "representations", None))
     if (row := run.ledger.row(unit.key)) is not None:
         signature = {"kind": "distill", "what": plan.method, "which": plan.dataset.name}
-        record_costs(signature, [(row, plan.work)], device.type)
+        with suppress(StorageError):  # forecasts lack it; the run is done
+            record_costs(signature, [(row, plan.work)], device.type)
     return result
 
 
@@ -175,6 +191,8 @@ def finish_run(
     target = (out or run.folder / "distilled.pt").absolute()
     distilled = distillation.distilled
     distilled.save(target)
+    if target.parent != run.folder:
+        remember_run(target, run.folder)
     if len(distilled.images):
         save_pictures(distilled, target, representations=representations)
     write_text(run.folder / "distilled.json", json.dumps({"losses": distillation.curve()}))
@@ -211,22 +229,16 @@ def _run(plan: Plan, ctx: DistillContext, run: Run, unit: Unit) -> tuple[Distill
     """Run the steps that are missing; a run that the method's setup rejects leaves no folder."""
     distiller = make_distiller(plan)
     checkpoint, config = run.checkpoint(unit.key), plan.config
-    snapshots = Snapshots(run.folder / SNAPSHOTS, snapshot_steps(config.evaluate.every, config.steps))
-    with progress(f"{plan.method} on {plan.dataset.name}", plan.config.steps) as show:
-        try:
-            distillation = run_distillation(
-                distiller,
-                ctx,
-                checkpoint=checkpoint,
-                on_step=lambda step, loss: show(step, f"loss {loss:.4g}"),
-                snapshots=snapshots,
-            )
-        except DdrayError as error:
-            if isinstance(error, InputError) and not run.resumed and not checkpoint.exists():
-                run.discard()  # nothing was written
-            else:  # no row, so that a rerun with --resume tries again
-                run.ledger.event("fail", unit.key, run.epoch, error=str(error))
-            raise
+    steps = snapshot_steps(config.evaluate.every, config.steps)
+    snapshots = Snapshots(run.folder / SNAPSHOTS, steps, run.folder)
+    try:
+        distillation = run_distillation(distiller, ctx, checkpoint=checkpoint, snapshots=snapshots)
+    except DdrayError as error:
+        if isinstance(error, InputError) and not run.resumed and not checkpoint.exists():
+            run.discard()  # nothing was written
+        else:  # no row, so that a rerun with --resume tries again
+            run.ledger.event("fail", unit.key, run.epoch, error=str(error))
+        raise
     return distiller, distillation
 
 
@@ -245,16 +257,20 @@ def _distill_result(plan: Plan, distillation: Distillation, target: Path, snapsh
     first, final = distillation.edge_losses()
     return {
         "artifact": str(target),
+        "name": distillation.distilled.meta.name,
         "method": plan.method,
         "dataset": plan.dataset.name,
         "ipc": plan.ipc,
         **({} if plan.budget is None else {"budget": plan.budget}),
         "steps": len(distillation.losses),
+        **plan_departure(plan),
         "resumed_from_step": distillation.resumed_from_step,
         "wall_s": distillation.wall_s,
         "seconds_per_step": distillation.seconds_per_step,
         "first_loss": first,
         "final_loss": final,
         **distillation.costs(),
+        "size_bytes": target.stat().st_size,
+        "made_of": distillation.distilled.made_of(),
         **({"snapshots": str(snapshots)} if snapshots.is_dir() else {}),
     }

@@ -77,6 +77,8 @@ class Plan:
     """Storage in images, for methods without classes."""
     scoring: Mapping[str, Any] | None = None
     """What is set of a protocol with settings of its own; None: sets are scored by `config.evaluate`."""
+    preset: str = "paper"
+    """What the settings started from."""
 
     def describe(self) -> dict[str, Any]:
         """Return plain values that identify the run (for config.yaml and unit keys)."""
@@ -125,7 +127,7 @@ def resolve(
     variants = preset_variants(method)
     if preset not in (*PRESETS, *variants):
         raise unknown("preset", preset, (*PRESETS, *variants))
-    variant, preset = variants.get(preset, {}), "paper" if preset in variants else preset
+    variant, settings = variants.get(preset, {}), "paper" if preset in variants else preset
     ipc, budget = _size(method, dataset, ipc, budget)
     declared: Mapping[str, Mapping[str, Any]] = getattr(method_class.config_type, "dataset_settings", {})
     upper_layers = (
@@ -148,12 +150,12 @@ def resolve(
     fields = method_class.config_type.model_fields
     sound = {"method": {"augment": "none"}} if target.is_audio and "augment" in fields else {}
     factor = target.factor or (fields["factor"].default if "factor" in fields else 1)
-    all_layers = (method_class.preset(preset, target), sound, *upper_layers)
+    all_layers = (method_class.preset(settings, target), sound, *upper_layers)
     facts = {"dataset": dataset.base, "factor": factor, "ipc": ipc, "num_classes": dataset.num_classes}
     merged = merge({"method": {}}, *(_with_recipe(layer, facts) for layer in all_layers))
     config = RunConfig[method_class.config_type].parse(merged)  # type: ignore[name-defined]
     resolve_arch(config.arch, dataset.image_shape)
-    return Plan(method, dataset, ipc, seed, config, budget)
+    return Plan(method, dataset, ipc, seed, config, budget, preset=preset)
 
 
 def _in_full(layer: Mapping[str, Any], method_type: type[Config]) -> dict[str, Any]:
@@ -168,7 +170,8 @@ def _in_full(layer: Mapping[str, Any], method_type: type[Config]) -> dict[str, A
         if name.partition(".")[0] not in method_type.model_fields:
             names = [*RunConfig.model_fields, *dotted_names(method_type)]
             names += dotted_names(EvaluateConfig, "evaluate.")
-            hint = did_you_mean(name, names) or f"; known: {', '.join(sorted(names))}"
+            hint = did_you_mean(name, names)
+            hint = hint or f"; known: {', '.join(sorted(RunConfig.model_fields | method_type.model_fields))}"
             raise InputError(f"unknown option {name!r}{hint}")
     if not short or not isinstance(full := run.get("method", {}), Mapping):
         return run

@@ -30,6 +30,7 @@ from ddray.evaluation.protocol import (
     summarise,
 )
 from ddray.evaluation.subsets import limited_set
+from ddray.jobs.score_record import record_score
 from ddray.jobs.trainers import PoolTrainer
 from ddray.nets.names import resolve_arch
 from ddray.pool.local import LocalPool
@@ -46,10 +47,11 @@ def evaluate(
     The sets of a file's several runs are scored together: each trains its own networks, and the results are
     over all of them. InputError if the file, the dataset or an option is bad (an open dataset takes no other
     options of content than `can_flip`), or the set does not fit the dataset; DivergedError if a training loss
-    became NaN.
+    became NaN. The result goes into the record of the run that wrote the file.
     """
     sets, target = read_sets(path, options, dataset)
-    return score_sets(path, sets, target, options, device=device)
+    result = score_sets(path, sets, target, options, device=device)
+    return record_score(path, sets, target.name, options, result)
 
 
 def read_sets(

@@ -11,10 +11,11 @@ from typing import Any, Final
 from ddray.artifact.decoders import get_decoder
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import Dataset, open_dataset
-from ddray.errors import DdrayError, InputError, InterruptedRunError, StorageError, one_line
+from ddray.errors import DdrayError, InputError, StorageError, one_line
 from ddray.evaluation.options import EvaluateOptions, EvaluateResult, EvaluateRunOptions
 from ddray.evaluation.protocol import EvalResult, summarise
 from ddray.jobs.score import check_sets, read_sets
+from ddray.jobs.score_record import record_score
 from ddray.jobs.score_units import (
     Prepared,
     ScoreData,
@@ -142,18 +143,16 @@ def evaluate_in_run(
     job = ScoreJob(run.folder, run.epoch, token, target.name, target.fingerprint, options, device)
     evaluation = Evaluation(run, keyed, target, archs, options, job, opened)
     try:
-        prepared = _run_missing(evaluation, executor, f"evaluating {path.name}")
+        with run.continued("the evaluation"):
+            prepared = _run_missing(evaluation, executor, f"evaluating {path.name}")
     except InputError:
         if not run.resumed and not run.ledger.rows():
             run.discard()  # nothing was computed
         raise
-    except KeyboardInterrupt as error:
-        raise InterruptedRunError(
-            f"the evaluation was interrupted; run again with --run-dir {run.folder} --resume to finish it"
-        ) from error
     finally:
         forget()
-    return _finish(evaluation, prepared)
+    result = _finish(evaluation, prepared)
+    return record_score(path, sets, target.name, options, result)
 
 
 def _config(
@@ -212,7 +211,7 @@ def _run_missing(evaluation: Evaluation, executor: Executor, label: str) -> Prep
         calls = [
             Task(key, score_task, (evaluation.job, data, task), task.arch) for key, task in tasks.items()
         ]
-        with progress(label, total, start=total - left) as show:
+        with progress(label, total, start=total - left, watch=run.reports) as show:
             for outcome in workers.run(calls):
                 task = tasks[outcome.key]
                 left -= len(task.units)

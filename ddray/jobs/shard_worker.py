@@ -192,7 +192,7 @@ def distil_shard(plan: Plan, ctx: DistillContext, run_dir: Path, unit: Unit) -> 
     distillation = run_distillation(make_distiller(plan), ctx, checkpoint=checkpoint)
     # Of a late worker's files and these, either are the unit's: both have the same bytes.
     path = shard_file(run_dir, unit.key)
-    distillation.distilled.save(path)
+    distillation.distilled.save(path, shared=run_dir)
     write_text(path.with_suffix(".json"), json.dumps(distillation.losses.tolist()))
     first, final = distillation.edge_losses()
     return {

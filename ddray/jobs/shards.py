@@ -8,7 +8,7 @@ import torch
 
 from ddray.data import Split, SplitName
 from ddray.distillation.method import coupling_of
-from ddray.errors import DdrayError, InputError, InterruptedRunError
+from ddray.errors import DdrayError, InputError
 from ddray.jobs.context import check_plan, check_size, make_distiller
 from ddray.jobs.distill import DistillResult, check_out, distill_unit, finish_run, start_run
 from ddray.jobs.options import DistillOptions, ShardOptions
@@ -124,14 +124,11 @@ def _run_missing(job: ShardJob, run: Run, executor: Executor, units: Sequence[Un
     title = f"{job.plan['method']} on {job.dataset}, shards"
     try:
         with (
-            progress(title, len(units), start=len(units) - len(missing)) as show,
+            run.continued("the run"),
+            progress(title, len(units), start=len(units) - len(missing), watch=run.reports) as show,
             executor.workers() as workers,
         ):
             _run_all(job, run, workers, missing, show, len(units) - len(missing))
-    except KeyboardInterrupt as error:
-        raise InterruptedRunError(
-            f"the run was interrupted; run again with --run-dir {run.folder} --resume to finish it"
-        ) from error
     except InputError:
         if not run.resumed and not run.ledger.rows():
             run.discard()  # nothing was computed

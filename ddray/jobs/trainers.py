@@ -1,7 +1,7 @@
 """Trains missing pool entries: supervised networks, their activations, experts, generators, D3HR's stages."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from ddray.methods.families.ssl import teacher as ssl
 from ddray.nets import Net, build_net
 from ddray.pool import trajectories
 from ddray.pool.local import LocalPool
-from ddray.pool.spec import PoolSpec
+from ddray.pool.spec import FEATURES, PoolSpec
 from ddray.seeding import derive, derive_seed
 from ddray.system import numerics
 from ddray.system.memory import peak_bytes, reset_peak
@@ -42,8 +42,7 @@ class PoolTrainer:
             of `train-val<seed>` on that part of it.
         split: the real images for all other splits.
         device: where to compute.
-        team: processes that train a supervised network together; each returns the features of its share of
-            the images.
+        team: processes that train a supervised network together.
         checkpoints: where a team's training goes on from.
     """
 
@@ -72,11 +71,20 @@ class PoolTrainer:
             return tensors, {**measured, "peak_memory_bytes": peak_bytes(self.device)}
 
     def _trained(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        single_kinds = ("supervised", trajectories.KIND, ssl.KIND, activations.KIND, generators.KIND)
+        single_kinds = (
+            "supervised",
+            FEATURES,
+            trajectories.KIND,
+            ssl.KIND,
+            activations.KIND,
+            generators.KIND,
+        )
         if spec.kind not in (kinds := (*single_kinds, *_DIFFUSION_KINDS)):
             raise unknown("kind of pool entry", spec.kind, kinds)
         if spec.kind == "supervised":
             return self._supervised(spec)
+        if spec.kind == FEATURES:
+            return self._features(spec)
         if spec.kind == trajectories.KIND:
             return self._expert(spec)
         if spec.kind == activations.KIND:
@@ -93,12 +101,8 @@ class PoolTrainer:
         return StageTrainer(self.dataset, split, self.device, LocalPool(self))(spec)
 
     def _supervised(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """Return weights and features [N, D] of a network trained by `spec.recipe`, and its final loss.
-
-        For a network trained on `train-val<seed>`, the rows of val [M, D] follow.
-        """
-        part = SplitName.parse(spec.split)
-        split, unseen = (self.split, None) if part is None else part.carve(self.dataset.train())
+        """Return the weights of a network trained by `spec.recipe`, and its final loss."""
+        split, _ = self._parts(spec)
         seed = derive_seed(spec.seed, "pool", spec.kind)
         net = build_net(spec.arch, spec.image_shape, spec.num_classes, seed=seed, device=self.device)
         recipe = Recipe.parse({"schedule": "constant", "augment": "none", **spec.recipe}, prefix="recipe.")
@@ -107,17 +111,26 @@ class PoolTrainer:
         if not math.isfinite(loss):
             raise DivergedError(f"training {spec.arch} for the pool diverged: its loss is {loss}; lower lr")
         weights = {f"weights.{name}": tensor for name, tensor in net.state_dict().items()}
-        measured = {"final_loss": loss, "dataset_name": self.dataset.name}
-        encode = normalized_space(self.dataset).encode
-        others = None if unseen is None else unseen.images
-        if self.team is None:
-            features = embed_images(net.eval(), split.images, encode, self.device, more_images=others)
-            return {**weights, "features": features}, measured
-        real = [split.images] if others is None else [split.images, others]
-        images, *rest = _share(real, self.team.share(sum(map(len, real))))
-        others = rest[0] if rest else None
-        features = embed_images(net.eval(), images, encode, self.device, more_images=others)
-        return {**weights, "features": features}, measured
+        return weights, {"final_loss": loss, "dataset_name": self.dataset.name}
+
+    def _features(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """Return the features of a network of the pool: see `features_spec`."""
+        split, unseen = self._parts(spec)
+        (entry,) = LocalPool(self).get([PoolSpec.parse(spec.recipe["network"])])
+        measured = {"dataset_name": self.dataset.name}
+        if (
+            features := entry.tensors.get("features")
+        ) is not None:  # of before they were entries of their own
+            return {"features": features}, measured
+        net = entry.module().to(self.device).to(memory_format=torch.channels_last)
+        encode, others = normalized_space(self.dataset).encode, None if unseen is None else unseen.images
+        features = embed_images(net, split.images, encode, self.device, more_images=others)
+        return {"features": features}, measured
+
+    def _parts(self, spec: PoolSpec) -> tuple[Split, Split | None]:
+        """Return the images of a spec's split, and the val images that it leaves out."""
+        part = SplitName.parse(spec.split)
+        return (self.split, None) if part is None else part.carve(self.dataset.train())
 
     def _expert(self, spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Return the snapshots of an expert trained by `spec.recipe`, and its final loss."""
@@ -176,13 +189,3 @@ class PoolTrainer:
             return encoded.contiguous(memory_format=torch.channels_last)
 
         return encode
-
-
-def _share(parts: Sequence[Tensor], rows: slice) -> Iterator[Tensor]:
-    """Yield what `rows` of all parts, one after another, are of each part; nothing of those with none."""
-    begin = 0
-    for part in parts:
-        share = part[max(0, rows.start - begin) : max(0, rows.stop - begin)]
-        if len(share):
-            yield share
-        begin += len(part)

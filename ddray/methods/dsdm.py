@@ -56,7 +56,7 @@ from ddray.methods.families.matching.partitioned import (
 )
 from ddray.methods.families.matching.pretrained import PoolConfig, pretrained_specs, stored_features
 from ddray.methods.families.state import copy_values, cpu_copy
-from ddray.pool.spec import PoolSpec
+from ddray.pool.spec import PoolSpec, features_spec
 from ddray.training.recipe import idc_mixes
 
 _BASE_SIZES: Final = {"mnist": 28, "imagenet": 224, "imagenette": 224, "imagewoof": 224, "imagesquawk": 224}
@@ -162,7 +162,8 @@ def _evaluation(target: Target) -> dict[str, Any]:
 def pool_specs(ctx: DistillContext, config: DSDMConfig) -> list[PoolSpec]:
     """Return a spec per network that the pool must have for this run; none without a pool."""
     pool = pretrained_specs(ctx, config.pool) if config.use_pool else []
-    return [*pool, *initial_specs(ctx, config.init)]
+    features = map(features_spec, pool) if config.augment == "none" else ()
+    return [*pool, *features, *initial_specs(ctx, config.init)]
 
 
 class DSDM(PartitionedEngine):
@@ -187,11 +188,12 @@ class DSDM(PartitionedEngine):
                 f"use_sd={config.use_sd}, {sizes[0]} mini-images and {sizes[1]} real ones"
             )
         self._pairs.net.train(not config.use_pool)
-        entries = ctx.pool.get(pretrained_specs(ctx, config.pool) if config.use_pool else [])
+        networks = pretrained_specs(ctx, config.pool) if config.use_pool else []
+        entries = ctx.pool.get(networks)
         names = self._pairs.net.state_dict().keys()
         weights = ([entry.tensors[f"weights.{name}"] for name in names] for entry in entries)
         self._weights = [[tensor.to(ctx.device) for tensor in net_weights] for net_weights in weights]
-        self._features = stored_features(ctx, entries) if config.augment == "none" else None
+        self._features = stored_features(ctx, networks) if config.augment == "none" else None
         self._memory: Tensor | None = None
         self._member = 0
         self._prototype_graphs = step_graphs(ctx)

@@ -17,7 +17,7 @@ from ddray.errors import DdrayError
 from ddray.pool.files import DamagedEntryError, EntryLock, PoolFiles
 from ddray.pool.spec import PoolEntry, PoolSpec, Trainer
 from ddray.system.files import home
-from ddray.system.progress import progress
+from ddray.system.progress import phase, progress
 
 log = logging.getLogger(__name__)
 _inner_s: Final[ContextVar[float]] = ContextVar("inner_s", default=0.0)
@@ -67,19 +67,22 @@ class LocalPool:
     def _train(self, missing: dict[str, PoolSpec], entries: dict[str, PoolEntry]) -> None:
         """Move specs from `missing` to `entries`, starting with those that no other process is training."""
         total = len(missing)
-        log.info("pool: training %d of %d models", total, total + len(entries))
-        with progress("training the pool", total) as show:
+        with progress("pool", total) as show:
             while missing:
+                done = total - len(missing)
                 key, lock = self._next(list(missing))
+                spec = missing.pop(key)
+                phase(f"pool network {done + 1} of {total} ({spec.kind}, {spec.arch})")
+                show(done, spec.arch)
                 with lock:
                     if self._files.mend(key, lock) is None:
                         times = lock.times_trained + 1
-                        draft = draft_entry(self._files, missing[key], self._trainer, times_trained=times)
+                        draft = draft_entry(self._files, spec, self._trainer, times_trained=times)
                         self._files.publish(key, draft, lock)
                 if (entry := self._open(key)) is None:
                     raise DdrayError(f"pool entry {key} was removed while it was being trained; run again")
                 entries[key] = entry
-                show(total - len(missing) + 1, missing.pop(key).arch)
+                show(done + 1, spec.arch)
 
     def _next(self, keys: Sequence[str]) -> tuple[str, EntryLock]:
         """Lock the first key that is free, or wait for the first key if none is."""

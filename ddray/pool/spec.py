@@ -19,6 +19,8 @@ from ddray.training.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+FEATURES: Final = "features"
+"""Kind of the entries with a network's features of real images; many times as large as the network."""
 SUPERVISED_RECIPE: Final = {"epochs": 20, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "batch": 256}
 _PLAIN: Final = {"schedule": "constant", "augment": "none", "strategy": None, "cutmix": 0.0}
 
@@ -103,12 +105,22 @@ def supervised_specs(
     ]
 
 
+def features_spec(network: PoolSpec) -> PoolSpec:
+    """Return the spec of a supervised network's features [N, D] of the images of its split.
+
+    For a network trained on `train-val<seed>`, the rows of val [M, D] follow.
+    """
+    update = {"kind": FEATURES, "recipe": {"network": network.dump()}, "parents": (network.key,)}
+    return network.model_copy(update=update)
+
+
 @dataclass(frozen=True)
 class PoolEntry:
     """One trained entry.
 
-    The meta has the spec and the measurements of its training. Weights are under `weights.<name>`, features
-    [N, D] under `features`; large ones are memory-mapped.
+    The meta has the spec and the measurements of its training. Weights are under `weights.<name>`; an entry
+    of features, or of a self-supervised network, has them [N, D] under `features`. Large ones are
+    memory-mapped.
     """
 
     meta: Mapping[str, Any]

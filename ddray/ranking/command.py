@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +19,14 @@ from ddray.errors import DdrayError, InputError, unknown
 from ddray.jobs.score import check_fits, foreign_request
 from ddray.ranking import get_definition, space_names
 from ddray.ranking.figures_of_merit import Array, figures_of_merit, mean_over_seeds, top1_test_accuracy
-from ddray.ranking.options import NasModes, NasRequest
+from ddray.ranking.options import NamedFile, NasModes, NasRequest
 from ddray.ranking.proxies import Proxy, baseline_proxies, file_proxies, harness_variants
 from ddray.ranking.result import NasResult, ProxyResult
 from ddray.ranking.spaces import get_space, owners
 from ddray.ranking.sweep import NasConfig, NasOptions, Sweep, choose_architectures, run_sweep, split_of
 from ddray.ranking.truth import Truth, read_scores, read_truth
 from ddray.runs.executor import Executor
+from ddray.runs.folder import read_config
 from ddray.runs.ledger import Row
 from ddray.system.files import write_atomically, write_text
 
@@ -86,49 +87,54 @@ def prepare(
     *,
     can_grow: bool = False,
     dataset: Dataset | None = None,
+    earlier: Collection[str] = (),
 ) -> Sweep:
     """Check a request and return its sweep; nothing is trained but the networks of coreset methods.
 
-    An open `dataset` stands in for the request's.
+    An open `dataset` stands in for the request's. `earlier` are the proxies of a sweep that is resumed.
 
     Raises:
         InputError: a file, a name or a number is invalid.
     """
     check_compat(request.compat, options.space)
     opening = request.opening()
-    name = request.dataset or next(filter(None, map(dataset_of, request.proxies)), None)
+    name = request.dataset or next(filter(None, map(dataset_of, (file.path for file in request.files))), None)
     named = None if dataset is None else dataset.with_options(**request.content())
     if named is None and name is not None:
         named = open_dataset(name, **opening)
-    paths, sets = _read_proxies(request, named)
+    files, sets = _read_proxies(request, named)
     dataset = named or open_dataset(sets[0].meta.dataset, **opening)
-    for path, distilled in zip(paths, sets, strict=True):
-        check_fits(distilled, dataset, path)
+    for file, distilled in zip(files, sets, strict=True):
+        check_fits(distilled, dataset, file.path)
     indices = choose_architectures(options, config, dataset)
     split, images = split_of(options), dataset.train()
     train, val = carve_val(images, seed=options.seed, fraction=split.fraction(len(images)))
-    proxies = file_proxies(paths, sets, str(split))
+    proxies = file_proxies(files, sets, str(split), earlier)
     proxies += baseline_proxies(request.baselines, proxies, dataset, train, config, split=split)
     if request.compat:
         proxies += harness_variants(proxies, get_definition(options.space).harnesses[request.compat])
     names = [proxy.name for proxy in proxies]
     if repeated := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"proxies must have different names, 2 are called {repeated[0]}; rename the file")
+        raise InputError(
+            f"proxies must have different names, 2 are called {repeated[0]}; use --proxy NAME=FILE"
+        )
     return Sweep(
         options, config, dataset, train, val, tuple(proxies), indices, options.device, can_grow=can_grow
     )
 
 
-def _read_proxies(request: NasRequest, dataset: Dataset | None) -> tuple[list[Path], list[DistilledSet]]:
-    """Return the sets of all files; each of a file's several runs has a path of its own, and is a proxy."""
-    paths, sets, reading = [], [], foreign_request(dataset, request)
-    for path in request.proxies:
-        loaded = load_all(path, reading, request.index)
-        names = [path.name] if len(loaded) == 1 else [f"{path.name}#{run}" for run in range(len(loaded))]
-        paths += [path.with_name(name) for name in names]
-        sets += loaded
+def _read_proxies(request: NasRequest, dataset: Dataset | None) -> tuple[list[NamedFile], list[DistilledSet]]:
+    """Return the sets of all files; each of a file's several runs has a name of its own, and is a proxy."""
+    files, sets, reading = [], [], foreign_request(dataset, request)
+    for file in request.files:
+        loaded = load_all(file.path, reading, request.index)
+        for run_index, distilled in enumerate(loaded):
+            run = f"#{run_index}" if len(loaded) > 1 else ""
+            path = file.path.with_name(f"{file.path.name}{run}")
+            files.append(NamedFile(path=path, name=None if file.name is None else f"{file.name}{run}"))
+            sets.append(distilled)
     check_options(request, sets)
-    return paths, sets
+    return files, sets
 
 
 def check_compat(compat: str | None, space: str) -> None:
@@ -166,7 +172,8 @@ def run_nas(
         DdrayError: no architecture finished on any proxy (table, plots and page are still written).
     """
     begin = time.perf_counter()
-    sweep = prepare(request, options, config, can_grow=can_grow, dataset=dataset)
+    earlier = read_config(run_dir).get("proxies", {}) if resume else {}
+    sweep = prepare(request, options, config, can_grow=can_grow, dataset=dataset, earlier=earlier)
     truth = None
     if options.truth != "whole":  # read before anything is trained
         truth = read_truth(options, sweep.space(), sweep.indices)

@@ -16,7 +16,7 @@ fewer distinct ones, hence noisier means: such intervals are biased low.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -26,6 +26,9 @@ from ddray.seeding import derive_numpy
 
 Array = NDArray[np.float64]
 MIN_ARCHS: Final = 3
+ENOUGH_ARCHS: Final = 8
+"""Architectures from which a correlation says something to people."""
+TOO_FEW: Final = "too few for a correlation"
 _TOP: Final = 5  # the top fifth
 _LEVELS: Final = (0.025, 0.975)
 
@@ -80,6 +83,15 @@ def figures_of_merit(
         "wall_s": wall_s,
         "storage_images": storage_images,
     }
+
+
+def is_telling(figures: Mapping[str, Any], name: str) -> bool:
+    """Return whether a correlation of a proxy's figures is over enough architectures to be shown.
+
+    Figures that do not say how many were ranked are published ones.
+    """
+    num = figures.get("num_archs")
+    return num is None or (-(-num // _TOP) if name.startswith("spearman_top20") else num) >= ENOUGH_ARCHS
 
 
 def top1_test_accuracy(scores: ArrayLike, truth: ArrayLike, test: ArrayLike | None) -> float | None:

@@ -135,20 +135,44 @@ class NasOptions(NumericOptions, GpuWorkers):
         return self
 
 
+class NamedFile(Config):
+    """A file, and what people call it: its own name, or what is in it, unless they name it."""
+
+    path: AbsolutePath
+    name: str | None = None
+
+
+def named_file(value: str | Path | NamedFile) -> NamedFile:
+    """Return the file of a path or of `name=path`; a path that exists is only that."""
+    if isinstance(value, NamedFile):
+        return value
+    name, equals, path = str(value).partition("=")
+    if not equals or not name or "/" in name or Path(value).expanduser().exists():
+        return NamedFile.parse({"path": value})
+    return NamedFile.parse({"name": name, "path": path})
+
+
 class NasRequest(DataOptions, ForeignOptions):
     """What a sweep ranks architectures on, besides its options."""
 
     proxies: Annotated[
-        tuple[AbsolutePath, ...],
-        BeforeValidator(lambda value: (value,) if isinstance(value, str | Path) else value),
+        tuple[Path | NamedFile, ...],
+        BeforeValidator(
+            lambda value: tuple(map(named_file, (value,) if isinstance(value, str | Path) else value))
+        ),
     ] = named("proxy", "proxies")
-    """Distilled set to train on; repeatable."""
+    """Distilled set to train on, or name=FILE; repeatable."""
     baselines: Names = named("baseline", "baselines")
     """early-stopping, whole, random, kcenter, ...; repeatable."""
     dataset: str | None = None
     """Real data; default the first artifact's."""
     compat: str | None = None
     """dcbench: each bug of its harness as a further proxy."""
+
+    @property
+    def files(self) -> list[NamedFile]:
+        """The sets' files."""
+        return [named_file(proxy) for proxy in self.proxies]
 
 
 class NasModes(Config):

@@ -2,20 +2,19 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 
-from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.distilled_set import DistilledSet, name_of_file
 from ddray.data import Dataset, Split, SplitName
 from ddray.data.packed import PackedImages
 from ddray.errors import InputError, unknown
 from ddray.methods import method_names
-from ddray.ranking.options import NasConfig
+from ddray.ranking.options import NamedFile, NasConfig
 from ddray.ranking.worker import TrainingSet, real_set, training_set
 
 log = logging.getLogger(__name__)
@@ -63,24 +62,52 @@ def whole_proxy(train: Split, dataset: Dataset) -> Proxy:
     return Proxy(WHOLE, "whole", real_set(train, dataset), float(len(train)))
 
 
-def file_proxies(paths: Sequence[Path], sets: Sequence[DistilledSet], split_name: str) -> list[Proxy]:
-    """Return distilled sets as proxies, named by their files (by full paths where names repeat).
+def proxy_names(
+    files: Sequence[NamedFile], sets: Sequence[DistilledSet], earlier: Collection[str] = ()
+) -> list[str]:
+    """Return what the sets' proxies are called: what people say, the file's name, or what is in it.
+
+    The last is for files that ddray has named, and for files of the same name; the path tells apart those of
+    the same settings. What `earlier` has by a file's name or path keeps that name: a resumed run's rows do.
+    """
+    contents = [distilled.meta.name for distilled in sets]
+    file_names = [file.path.name for file in files]
+    short = [
+        file.name
+        or (file.path.name if name_of_file(file.path, distilled.meta) == file.path.stem else content)
+        for file, distilled, content in zip(files, sets, contents, strict=True)
+    ]
+    names = []
+    for file, brief, content in zip(files, short, contents, strict=True):
+        former = file.path.name if file_names.count(file.path.name) == 1 else str(file.path)
+        candidates = [brief] if short.count(brief) == 1 or file.name else []
+        candidates += [content] if contents.count(content) == 1 else []
+        names.append(former if file.name is None and former in earlier else [*candidates, str(file.path)][0])
+    return names
+
+
+def file_proxies(
+    files: Sequence[NamedFile],
+    sets: Sequence[DistilledSet],
+    split_name: str,
+    earlier: Collection[str] = (),
+) -> list[Proxy]:
+    """Return distilled sets as proxies, named by `proxy_names`.
 
     Warn of sets from another split: val images, which the ranking is scored on, may have been among theirs.
     """
-    names = [path.name for path in paths]
+    names = proxy_names(files, sets, earlier)
     proxies: list[Proxy] = []
-    for path, distilled in zip(paths, sets, strict=True):
-        name = path.name if names.count(path.name) == 1 else str(path)
+    for name, file, distilled in zip(names, files, sets, strict=True):
         if any(proxy.name == name for proxy in proxies):
-            raise InputError(f"--proxy must name each file once, got {path} twice")
+            raise InputError(f"--proxy must name each file once, got {file.name or file.path} twice")
         decoded = distilled.decode()
         if distilled.meta.label_kind == "values":
             log.warning("%s holds values to regress to: architectures are trained on their classes", name)
         data = training_set(decoded.images, decoded.classes, distilled.space())
         storage_images = distilled.meta.storage_floats / math.prod(distilled.meta.image_shape)
         proxies.append(Proxy(name, f"file {name}", data, storage_images))
-    if seen := [path.name for path, each in zip(paths, sets, strict=True) if each.meta.split != split_name]:
+    if seen := [name for name, each in zip(names, sets, strict=True) if each.meta.split != split_name]:
         log.warning(
             "%s: may have been distilled from val images (distill --val-seed, and --val-images where nas has "
             "it, leaves them out); a coreset of all of train contains some of val",

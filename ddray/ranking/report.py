@@ -21,7 +21,7 @@ from ddray.drawing.plots import DIM, save_plot
 from ddray.evaluation.published import read_numbers
 from ddray.methods import method_names
 from ddray.ranking import get_definition, space_names
-from ddray.ranking.figures_of_merit import Array
+from ddray.ranking.figures_of_merit import TOO_FEW, Array, is_telling
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,6 +193,8 @@ def _title(figures: Mapping[str, Any]) -> str:
     """Return a plot title with the correlations of a proxy."""
 
     def text(key: str) -> str:
+        if not is_telling(figures, key):
+            return TOO_FEW
         if figures.get(key) is None:
             return "undefined"
         interval = figures.get(f"{key}_ci95")

@@ -7,7 +7,6 @@ table's last column, and each proxy's `top1_test_accuracy`.
 
 import logging
 import secrets
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import Any, Final
 
 from ddray.data import Dataset, Split, SplitName
 from ddray.data.packed import shared
-from ddray.errors import InputError, InterruptedRunError, StorageError, one_line
+from ddray.errors import InputError, StorageError, one_line
 from ddray.ranking.options import NasConfig as NasConfig
 from ddray.ranking.options import NasOptions as NasOptions
 from ddray.ranking.proxies import Proxy, whole_proxy
@@ -232,12 +231,8 @@ def run_sweep(
     done = {row.key for row in run.ledger.rows()}
     missing = [remaining for task in tasks if (remaining := _without(task, done)) is not None]
     if missing:
-        try:
+        with run.continued("the sweep"):
             _run_missing(sweep, executor, run, missing, num_units=len(units))
-        except KeyboardInterrupt as error:
-            raise InterruptedRunError(
-                f"the sweep was interrupted; run again with --run-dir {run.folder} --resume to finish it"
-            ) from error
     return run, [row for row in run.ledger.rows() if row.key in units]
 
 
@@ -277,7 +272,7 @@ def _run_missing(
     # Not the run's name: a folder that was deleted and made again has the same one.
     job = SweepJob(str(run.folder), run.epoch, secrets.token_hex(8), options.device)
     by_key = {task.key: task for task in tasks}
-    total, done_cost, begin = sum(task.cost for task in tasks), 0.0, time.monotonic()
+    total, done_cost = sum(task.cost for task in tasks), 0.0
     done_units = num_units - sum(len(task.units) for task in tasks)
 
     def on_start(key: str, attempt: int) -> None:
@@ -285,9 +280,12 @@ def _run_missing(
             run.ledger.event("start" if attempt == 1 else "retry", unit.key, run.epoch)
 
     with (
-        progress(f"{options.space} on {sweep.dataset.name}", num_units, start=done_units) as show,
+        progress(
+            f"{options.space} on {sweep.dataset.name}", num_units, start=done_units, watch=run.reports
+        ) as show,
         executor.workers() as workers,
     ):
+        show(done_units, "", work=0.0)  # of what is left, as networks differ in cost
         data = workers.share(sweep.data(tasks))
         calls = [Task(task.key, run_task, (job, data, task), task.units[0].spec["arch"]) for task in tasks]
         for outcome in workers.run(calls, timeout_s=patience(options, tasks), on_start=on_start):
@@ -302,5 +300,4 @@ def _run_missing(
                     run.ledger.publish(unit, row, epoch=run.epoch)
             done_cost += task.cost
             done_units += len(task.units)
-            left = (time.monotonic() - begin) * (total - done_cost) / done_cost
-            show(done_units, f"about {left / 60:.0f} min left, weighted by cost")
+            show(done_units, "", work=done_cost / total)

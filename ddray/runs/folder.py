@@ -7,15 +7,16 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from ddray.config import difference, read_yaml, yaml_of
-from ddray.errors import InputError
+from ddray.errors import InputError, InterruptedRunError
 from ddray.runs.environment import environment
 from ddray.runs.ledger import Ledger
 from ddray.system.files import storage_errors, write_text
+from ddray.system.interrupts import SavedInterrupt
 
 log = logging.getLogger(__name__)
 _GROWING: Final = {"distill": "steps", "tune": "num_samples"}
@@ -46,6 +47,26 @@ class Run:
     def checkpoint(self, key: str) -> Path:
         """Return the path of a unit's checkpoint."""
         return self.folder / "checkpoints" / f"{key}.pt"
+
+    @property
+    def reports(self) -> Path:
+        """Folder in which workers say what they do at the moment (`ddray.system.progress`)."""
+        return self.folder / "progress"
+
+    @contextlib.contextmanager
+    def continued(self, what: str) -> Iterator[None]:
+        """Turn an interrupt of the block, which is a part of `what`, into one that says how to go on.
+
+        Raises:
+            InterruptedRunError: SIGINT or SIGTERM came.
+        """
+        try:
+            yield
+        except InterruptedRunError as error:  # of a run within this one
+            raise InterruptedRunError(error.event, self.folder) from error
+        except KeyboardInterrupt as error:
+            where = f" {error}" if isinstance(error, SavedInterrupt) else ""
+            raise InterruptedRunError(f"{what} was interrupted{where}", self.folder) from error
 
     def discard(self) -> None:
         """Remove the folder with everything in it."""

@@ -7,12 +7,9 @@ A row is `<run>/ledger/<key>.json`; its key is the hash of the unit's descriptio
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,11 +21,10 @@ from pydantic import Field
 
 from ddray.config import Config
 from ddray.errors import one_line
-from ddray.system.files import storage_errors, write_atomically
+from ddray.system.files import append_line, locked, read_json_lines, storage_errors, write_atomically
 
 log = logging.getLogger(__name__)
 
-_EVENT_START = b'{"event": "'  # inside a JSON string its quotes would be escaped
 Kind = Literal["trial", "distill", "shard", "evaluate", "nas", "truth", "pool"]
 
 
@@ -168,29 +164,13 @@ class Ledger:
     def event(
         self, event: Literal["start", "finish", "fail", "retry"], key: str, epoch: int, **fields: Any
     ) -> None:
-        """Append one line to events.jsonl (one write call: lines of several processes don't mix)."""
+        """Append one line to events.jsonl (see `append_line`)."""
         entry = {"event": event, "key": key, "epoch": epoch, "time": round(time.time(), 3), **fields}
-        with storage_errors(self._events):
-            handle = os.open(self._events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                line = (json.dumps(entry) + "\n").encode()
-                if os.write(handle, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(handle)
+        append_line(self._events, json.dumps(entry))
 
     def events(self) -> list[dict[str, Any]]:
-        """Return the events so far; a torn one is left out, but not the one after it."""
-        events = []
-        lines = self._events.read_bytes().splitlines() if self._events.exists() else []
-        for line in filter(bytes.strip, lines):
-            try:
-                events.append(json.loads(line))
-            except ValueError:
-                log.warning("events.jsonl has a torn line: left out")
-                with contextlib.suppress(ValueError):  # the next event follows it on the same line
-                    events.append(json.loads(line[line.rindex(_EVENT_START) :]))
-        return events
+        """Return the events so far; a torn one is left out."""
+        return read_json_lines(self._events)
 
     def begin(self, unit: Unit, *, epoch: int, **fields: Any) -> int:
         """Record a unit's `start`, or a `retry`; return how often this epoch had started it before."""
@@ -213,11 +193,5 @@ class Ledger:
     @contextmanager
     def _locked(self, *, exclusive: bool) -> Iterator[None]:
         """Hold the epoch lock, so that no stale row slips in between the check and the link."""
-        path = self.run_dir / "epoch.lock"
-        with storage_errors(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        with locked(self.run_dir / "epoch.lock", exclusive=exclusive):
             yield
-        finally:
-            os.close(handle)

@@ -1,16 +1,21 @@
 """Writing files so that nothing half-written is ever left under its final name."""
 
 import errno
+import fcntl
 import hashlib
+import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from ddray.errors import DdrayError, InputError, StorageError
+
+log = logging.getLogger(__name__)
 
 
 def home() -> Path:
@@ -61,10 +66,56 @@ def write_atomically(
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path, *, exclusive: bool = True) -> Iterator[None]:
+    """Hold a lock file while the block runs, after waiting for the processes that hold it.
+
+    StorageError if it can't be created.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
 def copy_atomically(source: Path, path: Path) -> None:
     """Copy a file through a temporary file beside `path`; errors as for `write_atomically`."""
     with source.open("rb") as file:
         write_atomically(path, lambda target: shutil.copyfileobj(file, target))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a UTF-8 text file, in one write call: lines of several processes don't mix.
+
+    It begins a new line even if the file's last one is torn. StorageError if it can't be written.
+    """
+    with storage_errors(path):
+        handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            size = os.fstat(handle).st_size
+            is_torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+            text = b"\n" * is_torn + line.encode() + b"\n"
+            if os.write(handle, text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(handle)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines, none if there is no file; a torn line is left out."""
+    values = []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in filter(bytes.strip, lines):
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            log.warning("%s has a torn line: left out", path)
+    return values
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Final, Literal
 
 from ddray.drawing.text import percent
 from ddray.evaluation import get_protocol, protocol_names
+from ddray.ranking.figures_of_merit import is_telling
 
 Entry = Mapping[str, Any]
 """A cell of the command's JSON."""
@@ -44,6 +45,8 @@ def _flat(entry: Entry) -> Entry:
     flat.pop("compared", None)  # the published number, as printed
     if differs := flat.pop("differs", None):
         flat["differs"] = "; ".join(differs)
+    if overridden := flat.pop("overridden", None):
+        flat["overridden"] = ", ".join(overridden)
     if published := flat.pop("published", None):
         flat |= {
             "published": published["accuracy_mean"],
@@ -108,21 +111,28 @@ _COLUMNS: Final = (
     ),
     _figure("difference", "difference", lambda value: f"{100 * value:+.2f}", csv=True),
     _figure("difference_se", "in SE", "{:+.1f}".format, csv=True),
+    Column("cut", "cut", csv=("cut",)),
+    Column("overridden", "overridden", csv=("overridden",)),
     Column("differs", "differs", csv=("differs",)),
 )
 
 
 def _seconds(entry: Entry) -> str:
-    """Return a distillation's seconds, in brackets with the training of its pool where there was any."""
-    seconds, with_pool = entry["seconds"], entry.get("seconds_with_pool")
-    return short(seconds) if with_pool in (None, seconds) else f"{short(seconds)} ({short(with_pool)})"
+    """Return a distillation's seconds; in brackets with pool and whitening, where there were any."""
+    seconds = entry["seconds"]
+    total = entry.get("seconds_with_pool", seconds) + entry.get("whitening_s", 0.0)
+    return short(seconds) if total == seconds else f"{short(seconds)} ({short(total)})"
+
+
+def _correlation(name: str, header: str) -> Column:
+    return Column(header, name, lambda entry: short(entry[name]) if is_telling(entry, name) else "too few")
 
 
 # The ranking's figures, then what the report page adds to a cell.
 _FIGURES: Final = (
-    _figure("spearman", "Spearman"),
+    _correlation("spearman", "Spearman"),
     _figure("published_spearman", "published Spearman"),
-    _figure("spearman_top20", "Spearman, top 20 %"),
+    _correlation("spearman_top20", "Spearman, top 20 %"),
     _figure("published_spearman_top20", "published, top 20 %"),
     _figure("search_time", "search, minutes"),
     _figure("published_search_time", "published minutes"),
@@ -131,11 +141,13 @@ _FIGURES: Final = (
     _figure("storage_floats", "storage", "{:,.0f}".format),
     _figure("storage_with_generator_floats", "with generator", "{:,.0f}".format),
     _figure("approximation_mse", "MSE"),
-    Column("seconds (with pool)", "seconds", _seconds),
+    Column("seconds (with pool and whitening)", "seconds", _seconds),
     _figure("sampling_seconds_per_class", "sampling, s a class"),
     _figure("peak_memory_bytes", "peak MB", lambda value: f"{value / 1e6:,.0f}"),
 )
-MEASURED: Final = ("seconds", "seconds_with_pool", "sampling_seconds_per_class", "peak_memory_bytes")
+MEASURED: Final = (
+    *("seconds", "seconds_with_pool", "whitening_s", "sampling_seconds_per_class", "peak_memory_bytes"),
+)
 """Figures that differ from run to run: they stand in costs.csv, not in table.csv."""
 
 

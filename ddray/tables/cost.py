@@ -1,10 +1,11 @@
 """What the units of a bench cost, by the keys that `runs.costs` compares units by."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from ddray.pool.spec import FEATURES
 from ddray.runs.costs import Estimate, History, record_costs
 from ddray.runs.ledger import Row
 from ddray.tables.units import BenchUnit
@@ -41,6 +42,19 @@ def estimate_of(history: History, unit: BenchUnit) -> Estimate:
     return estimate
 
 
+def share_done(history: History, units: Mapping[str, BenchUnit], done: Collection[str]) -> float:
+    """Return the part of the work of all units that those with the keys `done` were.
+
+    A unit counts by what it is expected to take, or as the mean of the others where nothing is expected.
+    """
+    expected = {key: estimate_of(history, unit).wall_s for key, unit in units.items()}
+    times = [wall_s for wall_s in expected.values() if wall_s is not None]
+    mean = (sum(times) / len(times) if times else 0.0) or 1.0
+    weights = {key: mean if wall_s is None else wall_s for key, wall_s in expected.items()}
+    total = sum(weights.values())
+    return sum(weights[key] for key in done) / total if total else 0.0
+
+
 def _is_joined(unit: BenchUnit) -> bool:
     return unit.kind == "distill" and unit.shards > 1
 
@@ -51,7 +65,8 @@ def _signature(unit: BenchUnit) -> dict[str, str]:
     if unit.kind == "evaluate":
         what, which = unit.options["protocol"], unit.identity.spec["arch"]
     elif unit.pool is not None:
-        what, which = unit.pool.kind, f"{unit.pool.arch} on {unit.dataset}"
+        kind = "supervised" if unit.pool.kind == FEATURES else unit.pool.kind  # their network is the cost
+        what, which = kind, f"{unit.pool.arch} on {unit.dataset}"
     return {"kind": unit.kind, "what": what, "which": which}
 
 

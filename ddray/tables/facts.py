@@ -1,6 +1,6 @@
 """What decides whether a cell may be set beside a published number: facts of its sets and its evaluation."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -9,21 +9,17 @@ from ddray.data.catalog import KNOWN
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol
-from ddray.evaluation.options import EvaluateConfig, overrides
+from ddray.evaluation.options import overrides
 from ddray.evaluation.soft_recipes import own_recipe, recipe_teachers
-from ddray.jobs.plan import Plan, budget_method, resolve
+from ddray.jobs.plan import Plan, budget_method
+from ddray.jobs.preset import ALL, Change, departure, plan_changes, preset_of, yaml_text
 from ddray.methods import get_method
 from ddray.tables.checks import has_recipe
+from ddray.tables.limits import own_epochs
 from ddray.tables.spec import BenchSpec, EvaluateSpec, MethodSpec, PublishedSource
 from ddray.training.recipe import RECIPES, named_recipe
 
 OWN_TEACHER: Final = "own"
-# Settings that change no number, or that a cell holds as facts of their own.
-_ELSEWHERE: Final = frozenset(
-    {"checkpoint_every", "compile", "memory_budget", "arch"}
-    | {"evaluate.seeds", "evaluate.val_seeds", "evaluate.every"}
-    | {"method.diffusion", "method.class_ids", "method.generator.init", "method.teacher_arch"}
-)
 _CUTS: Final = ("train_limit", "ipc")
 _MANY: Final = 2**31  # more images than a dataset has, for a count that needs to read none
 
@@ -40,16 +36,17 @@ def facts_of(
     stored = None
     if method is not None and plan.budget is not None:
         stored = method.num_distilled(plan.config.method, plan.budget, plan.dataset.image_shape, _MANY)
+    changes = list(_changes(row, evaluation_spec, plan, options))
+    if limit is not None:
+        changes.append(Change("images", f"trained on {limit} images, theirs on all", limit, ALL))
     return {
         "image_size": max(plan.dataset.image_shape[1:]),
         "distilled_in": plan.arch,
         "distilled_with": getattr(plan.config.method, "teacher_arch", None),
         "num_images": stored,
         "generator": generator_of(plan),
-        "changes": (
-            *dict.fromkeys(_changes(row, evaluation_spec, plan, options)),
-            *(() if limit is None else (f"trained on {limit} images, theirs on all",)),
-        ),
+        "changes": tuple(dict.fromkeys(change.text for change in changes)),
+        **departure(changes),
     }
 
 
@@ -119,62 +116,67 @@ def _vouches(source: PublishedSource) -> bool:
 
 def _changes(
     row: MethodSpec, evaluation_spec: EvaluateSpec, plan: Plan, options: Mapping[str, Any]
-) -> Iterator[str]:
-    """Yield what differs from the preset's conditions, in words."""
-    size: dict[str, Any] = {"ipc": plan.ipc} if plan.budget is None else {"budget": plan.budget}
+) -> Iterator[Change]:
+    """Yield what differs from the preset's conditions."""
     layers = row.layers() if _vouches(row.published) else ()
-    preset = resolve(plan.method, plan.dataset, **size, seed=plan.seed, preset=row.preset, layers=layers)
     protocol = evaluation_spec.protocol
     by_recipe = protocol != "nas" and has_recipe(protocol)
-    ours, theirs = flatten(plan.config.dump()), flatten(preset.config.dump())
-    for name in sorted(ours.keys() | theirs.keys()):
-        is_idle = name in _ELSEWHERE or (name.startswith("evaluate.") and not by_recipe)
-        if not is_idle and ours.get(name) != theirs.get(name):
-            yield f"{name} {yaml_text(ours.get(name))}, the preset's {yaml_text(theirs.get(name))}"
-    if plan.arch != preset.arch:
-        yield f"distilled in {plan.arch}, by the preset in {preset.arch}"
+    yield from plan_changes(plan, layers, lambda name: name.startswith("evaluate.") and not by_recipe)
     reference = DatasetRef.parse(plan.dataset.name)
     native = KNOWN[reference.base].can_flip if reference.base in KNOWN else reference.can_flip
     if reference.can_flip not in (None, native):
-        yield f"can_flip {yaml_text(reference.can_flip)}, the dataset's {yaml_text(native)}"
+        text = f"can_flip {yaml_text(reference.can_flip)}, the dataset's {yaml_text(native)}"
+        yield Change("can_flip", text)
     yield from _cuts(evaluation_spec, options)
     if not _vouches(evaluation_spec.published):
-        evaluate = preset.config.evaluate if by_recipe else None
-        yield from _evaluation_changes(evaluate, plan, options)
+        yield from _evaluation_changes(evaluation_spec, layers if by_recipe else None, plan, options)
 
 
-def _cuts(evaluation_spec: EvaluateSpec, options: Mapping[str, Any]) -> Iterator[str]:
+def _cuts(evaluation_spec: EvaluateSpec, options: Mapping[str, Any]) -> Iterator[Change]:
     """Yield what no paper's evaluation has, and what a limit has lowered below what the table asks for."""
     for name in _CUTS:
-        if options.get(name) is not None:
-            yield f"evaluate.{name} {options[name]}"
+        if (value := options.get(name)) is not None:
+            yield Change(f"evaluate.{name}", f"evaluate.{name} {value}", value, ALL)
     if options.get("finetune"):
-        yield "evaluate.finetune true"
+        yield Change("evaluate.finetune", "evaluate.finetune true")
     section = {**evaluation_spec.options, "epochs": evaluation_spec.epochs}
     for name in ("epochs", "sets", "full_epochs"):
-        if options.get(name) != section.get(name):
-            yield f"evaluate.{name} {options.get(name)} by a limit"
+        if (value := options.get(name)) != section.get(name):
+            full_name = f"evaluate.{name}"
+            yield Change(full_name, f"{full_name} {value} by a limit", value, section.get(name))
 
 
 def _evaluation_changes(
-    preset: EvaluateConfig | None, plan: Plan, options: Mapping[str, Any]
-) -> Iterator[str]:
-    """Yield what a table sets in an evaluation otherwise than its preset; None: the protocol's own."""
+    evaluation_spec: EvaluateSpec,
+    layers: Sequence[Mapping[str, Any]] | None,
+    plan: Plan,
+    options: Mapping[str, Any],
+) -> Iterator[Change]:
+    """Yield what a table sets in an evaluation otherwise than the preset with `layers` over it.
+
+    None for `layers`: than the protocol, which has settings of its own.
+    """
     sets, recipe = options.get("sets") or (), options.get("recipe")
-    if preset is None:
+    if layers is None:
         if recipe not in (None, own_recipe(plan.method, plan.config.method.dump())):
-            yield f"evaluate.recipe {recipe}, not the method's own"
-        if options.get("epochs") is not None:
-            yield f"evaluate.epochs {options['epochs']}, not the protocol's own"
-        yield from (f"evaluate.{text.replace('=', ' ')}, not the protocol's own" for text in sets)
+            yield Change("evaluate.recipe", f"evaluate.recipe {recipe}, not the method's own")
+        if (epochs := options.get("epochs")) is not None:
+            protocol, arch = evaluation_spec.protocol, (options.get("archs") or (plan.arch,))[0]
+            full = None if protocol == "nas" else own_epochs(protocol, None, plan, arch)
+            text = f"evaluate.epochs {epochs}, not the protocol's own"
+            yield Change("evaluate.epochs", text, epochs, full)
+        for text in sets:
+            name = f"evaluate.{text.partition('=')[0].removeprefix('evaluate.')}"
+            yield Change(name, f"evaluate.{text.replace('=', ' ')}, not the protocol's own")
         return
-    theirs = flatten(preset.every_value())
+    theirs = flatten(preset_of(plan, layers).config.evaluate.every_value())
     if recipe is not None and _is_other(str(recipe), theirs, plan):
-        yield f"evaluate.recipe {recipe}, not the method's own"
+        yield Change("evaluate.recipe", f"evaluate.recipe {recipe}, not the method's own")
     plain = {name: options[name] for name in ("epochs", "augment") if options.get(name) is not None}
     for name, value in flatten(merge(plain, overrides(sets))).items():
         if value != theirs.get(name):
-            yield f"evaluate.{name} {yaml_text(value)}, the preset's {yaml_text(theirs.get(name))}"
+            text = f"evaluate.{name} {yaml_text(value)}, the preset's {yaml_text(theirs.get(name))}"
+            yield Change(f"evaluate.{name}", text, value, theirs.get(name))
 
 
 def _is_other(recipe: str, theirs: Mapping[str, Any], plan: Plan) -> bool:
@@ -185,8 +187,3 @@ def _is_other(recipe: str, theirs: Mapping[str, Any], plan: Plan) -> bool:
     facts = {"factor": factor, "ipc": plan.ipc, "num_classes": plan.dataset.num_classes}
     fields = named_recipe({"recipe": recipe}, dataset=plan.dataset.base, **facts)
     return any(value != theirs.get(name) for name, value in fields.items())
-
-
-def yaml_text(value: Any) -> str:
-    """Return a value as people write it in YAML."""
-    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,7 +1,7 @@
 """What a scale's limits make of the settings of methods and evaluations: they lower, and never raise."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateConfig, overrides
@@ -47,26 +47,31 @@ def limited_epochs(
     if limit is None or evaluation_spec.epochs is not None:
         return min(filter(None, (evaluation_spec.epochs, limit)), default=None)
     sets = overrides(evaluation_spec.options.get("sets") or ())
-    config_type = get_protocol(evaluation_spec.protocol).config_type
-    recipe, epochs = recipe or sets.get("recipe"), None
     if "epochs" in sets:
         return None
+    recipe = recipe or sets.get("recipe")
+    epochs = own_epochs(evaluation_spec.protocol, recipe, plan, choices["archs"][0])
+    return limit if _is_above(epochs, limit) else None
+
+
+def own_epochs(protocol: str, recipe: str | None, plan: Plan, arch: str) -> int | None:
+    """Return the epochs of a protocol with a recipe, by default the method's; None: the method's settings."""
+    config_type, num_classes = get_protocol(protocol).config_type, plan.dataset.num_classes
     if recipe in RECIPES:
-        num_classes = plan.dataset.num_classes
-        epochs = named_recipe({"recipe": recipe}, ipc=plan.ipc, num_classes=num_classes)["epochs"]
-    elif recipe == TABLE5 or config_type is SoftConfig:
-        epochs = recipe_epochs(
+        return int(named_recipe({"recipe": recipe}, ipc=plan.ipc, num_classes=num_classes)["epochs"])
+    if recipe == TABLE5 or config_type is SoftConfig:
+        return recipe_epochs(
             recipe,
             plan.method,
             plan.config.method.dump(),
-            arch=choices["archs"][0],
-            num_images=plan.budget or plan.dataset.num_classes * plan.ipc,
-            num_classes=plan.dataset.num_classes,
+            arch=arch,
+            num_images=plan.budget or num_classes * plan.ipc,
+            num_classes=num_classes,
             size=max(plan.dataset.image_shape[1:]),
         )
-    elif config_type is not EvaluateConfig and "epochs" in config_type.model_fields:
-        epochs = config_type.model_fields["epochs"].default
-    return limit if _is_above(epochs, limit) else None
+    if config_type is not EvaluateConfig and "epochs" in config_type.model_fields:
+        return cast("int", config_type.model_fields["epochs"].default)
+    return None
 
 
 def limited_options(evaluation_spec: EvaluateSpec, limits: Limits) -> dict[str, Any]:

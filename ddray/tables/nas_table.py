@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from ddray.data import Dataset
 from ddray.evaluation.published import read_numbers
+from ddray.jobs.preset import yaml_text
 from ddray.ranking import get_definition
 from ddray.ranking.command import check_compat, run_nas
 from ddray.ranking.options import NasRequest
@@ -21,7 +22,6 @@ from ddray.runs.executor import Executor
 from ddray.runs.folder import Run
 from ddray.system.files import storage_errors
 from ddray.system.options import NumericOptions
-from ddray.tables.facts import yaml_text
 from ddray.tables.likeness import likeness
 from ddray.tables.options import BenchOptions
 from ddray.tables.published import find

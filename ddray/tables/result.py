@@ -37,6 +37,8 @@ class BenchResult(Result):
     num_failed: int
     failures: list[dict[str, Any]]
     skipped: list[Any]
+    anomalies: list[str] = Field(default_factory=list)
+    """What looks wrong in the table, one sentence each."""
     wall_s: float
 
     def to_pandas(self) -> pd.DataFrame:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ddray.data import Dataset, open_dataset
-from ddray.errors import DdrayError, StorageError, one_line
+from ddray.errors import DdrayError, InterruptedRunError, StorageError, one_line
 from ddray.jobs.context import check_plan, check_size
 from ddray.jobs.plan import Plan
+from ddray.runs.costs import History
 from ddray.runs.executor import Executor, Outcome, Task, WorkerPool
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Ledger
@@ -19,8 +20,9 @@ from ddray.runs.results import write_results
 from ddray.system.files import write_text
 from ddray.system.progress import progress
 from ddray.tables.along import write_along, write_costs
+from ddray.tables.anomalies import anomalies
 from ddray.tables.checks import check_row_shards
-from ddray.tables.cost import record_cost, record_sweep_costs
+from ddray.tables.cost import record_cost, record_sweep_costs, share_done
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import NasSweep, resolve_sweeps, score_sweep
 from ddray.tables.options import BenchOptions
@@ -89,8 +91,9 @@ def run_bench(
     scheduler = UnitScheduler(bench.graph, run, job)
     # For reports on an unfinished run.
     write_text(run.folder / "planned.json", json.dumps([cell.dump() for cell in bench.graph.cells]))
-    _loop(scheduler, executor, run, job, options.unit_timeout)
-    ranked, unranked = _sweep_cells(bench, run, executor)
+    with run.continued("the bench"):
+        _loop(scheduler, executor, run, job, options.unit_timeout)
+        ranked, unranked = _sweep_cells(bench, run, executor)
     cells = [*cells_of(bench.graph.cells, run.ledger.row), *ranked]
     drop_scaled_differences(cells, options.scale)
     failures, skipped = [*scheduler.failures(), *unranked], scheduler.skipped()
@@ -112,6 +115,7 @@ def run_bench(
         num_failed=len(failures),
         failures=failures,
         skipped=skipped,
+        anomalies=anomalies(bare_cells),
         wall_s=time.perf_counter() - begin,
     )
 
@@ -147,7 +151,7 @@ def _sweep_cells(
         before = {row.key for row in ledger.rows()}
         try:
             cells += score_sweep(sweep, executor, run, data_dir=bench.options.data_dir)
-        except StorageError:
+        except (StorageError, InterruptedRunError):
             raise
         except DdrayError as error:
             reason = one_line(error)
@@ -180,11 +184,19 @@ def _loop(
     units = scheduler.first()
     if not units:
         return
-    with progress("bench", scheduler.total, start=scheduler.done) as show, executor.workers() as workers:
+    with (
+        progress("bench", scheduler.total, start=scheduler.done, watch=run.reports) as show,
+        executor.workers() as workers,
+    ):
+        history = History(job.device)  # as it was before this run, so that the ETA does not jump
+        done = {key for key in scheduler.units if run.ledger.row(key) is not None}
+        show(scheduler.done, "", work=share_done(history, scheduler.units, done))
         for outcome in workers.run(
             tasks(units), timeout_s=timeout_s, follow=lambda outcome: follow(outcome, workers)
         ):
             row = run.ledger.row(outcome.key)
             if row is not None:
                 record_cost(scheduler.units[outcome.key], row, job.device)
-            show(scheduler.done, scheduler.units[outcome.key].title, total=scheduler.total)
+                done.add(outcome.key)
+            work = share_done(history, scheduler.units, done)
+            show(scheduler.done, scheduler.units[outcome.key].title, total=scheduler.total, work=work)

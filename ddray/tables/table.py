@@ -50,7 +50,7 @@ def scored_cell(
     judged = likeness(read_numbers(), cell)
     if judged.number is not None and accuracy["n"]:
         figures["published"] = compare(judged.number, accuracy["accuracy_mean"], error)
-        if judged.differs:
+        if judged.differs or cell.cut or cell.overridden:
             figures["published"] |= _NO_DIFFERENCE
     name, optional = names_of(cell)
     return {
@@ -80,6 +80,7 @@ def names_of(cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
     name |= {} if kind == WHOLE else {kind: size}
     name |= {"arch": cell.arch, "protocol": cell.protocol}
     optional = {field: getattr(cell, field) for field in ("teacher", "augment", "settings", "generator")}
+    optional["cut"], optional["overridden"] = cell.cut, list(cell.overridden) or None
     optional["target"] = None if cell.target == cell.dataset else cell.target
     return name, {field: value for field, value in optional.items() if value is not None}
 

@@ -123,6 +123,10 @@ class Cell(Config):
     """The diffusion model that made the sets' images."""
     changes: tuple[str, ...] = ()
     """What the table, a scale or --set changes in the preset's conditions."""
+    cut: str | None = None
+    """What of it lowers a budget, such as `steps 10 of 8,000`."""
+    overridden: tuple[str, ...] = ()
+    """Names of the other settings that differ."""
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,7 @@ def _distil(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     ctx = _context(job, unit, plan)
     pool = StoredPool(ctx.pool)
     steps = snapshot_steps(plan.config.evaluate.every, plan.config.steps)
-    snapshots = Snapshots(_snapshots(job, unit), steps)
+    snapshots = Snapshots(_snapshots(job, unit), steps, job.run_dir)
     distillation = run_distillation(
         make_distiller(plan),
         replace(ctx, pool=pool),
@@ -296,7 +296,7 @@ def _written(
 ) -> dict[str, Any]:
     """Write a set's draft and its losses, and return its row's result; `networks` are keys of the pool's."""
     draft = _draft(job, unit)
-    distillation.distilled.save(draft)
+    distillation.distilled.save(draft, shared=job.run_dir)
     curve_file = (job.run_dir / artifact_name(unit.key)).with_suffix(".json")
     write_text(curve_file, json.dumps({"losses": distillation.curve()}))
     first, final = distillation.edge_losses()

@@ -1,6 +1,7 @@
 """Training a network by a recipe, augmented by name: for protocols, the pool and methods' inner loops."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -16,6 +17,7 @@ from ddray.nets import Net, training_format
 from ddray.seeding import derive_seed, forked_global
 from ddray.system.memory import total_bytes
 from ddray.system.numerics import current
+from ddray.system.progress import Row, progress
 from ddray.system.transfer import to_device
 from ddray.training.crops import padded_crop
 from ddray.training.cutmix import cutmix, mixed_cross_entropy
@@ -154,16 +156,18 @@ class Training:
         epoch = len(Order(len(self.labels), recipe.batch).sizes)
         loss = torch.zeros(())
         resuming = _Resuming(nets[0], generators[0], checkpoints)
-        for rates, done in resuming.left(phases(recipe)):
-            step = self.step(nets, len(rates) * epoch, fused=fused)
-            loss = run(
-                step,
-                islice(self.batches(images, generators), max_steps),
-                lr=step_rate(recipe, rates, done, epoch),
-                epoch=epoch,
-                on_epoch=on_epoch if checkpoints is None else resuming.begin(step, checkpoints),
-            )
-            step.finish()
+        with _epochs_shown(nets, recipe.epochs) as show:
+            for rates, done in resuming.left(phases(recipe)):
+                step = self.step(nets, len(rates) * epoch, fused=fused)
+                batches = _counted(self.batches(images, generators), show, done, epoch)
+                loss = run(
+                    step,
+                    islice(batches, max_steps),
+                    lr=step_rate(recipe, rates, done, epoch),
+                    epoch=epoch,
+                    on_epoch=on_epoch if checkpoints is None else resuming.begin(step, checkpoints),
+                )
+                step.finish()
         return loss
 
     def step(self, nets: Sequence[Net], num_steps: int, *, fused: bool = False) -> Step:
@@ -245,6 +249,19 @@ class Training:
             plan = self.augment.draw(len(rows), generator)
             inputs = self.augment.dsa.apply(inputs, plan.rows(part))
         return inputs, self.labels[to_device(rows[part], self.labels.device)]
+
+
+def _epochs_shown(nets: Sequence[Net], num_epochs: int) -> AbstractContextManager[Row]:
+    """Return the row of a training."""
+    several = f"{len(nets)} x " if len(nets) > 1 else ""
+    return progress(f"training {several}{nets[0].arch}", num_epochs, unit="epoch")
+
+
+def _counted(batches: Iterator[Batch], show: Row, done: int, epoch: int) -> Iterator[Batch]:
+    """Yield batches; show the epochs, of `epoch` batches each, that are behind them and the `done` ones."""
+    for index, batch in enumerate(batches):
+        show(done + index // epoch, "", work=(done + index / epoch) / max(1, show.total))
+        yield batch
 
 
 class _Resuming:

@@ -23,7 +23,7 @@ from ddray.runs.executor import Executor, Task
 from ddray.runs.folder import Run
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.seeding import derive_seed
-from ddray.system.files import copy_atomically
+from ddray.system.progress import progress
 from ddray.tuning.payload import Payload, pack
 from ddray.tuning.search import Search
 from ddray.tuning.shards import Schedule, distil, distil_in_shards
@@ -67,8 +67,9 @@ def run_finals(
         reason = row.error if row is not None else "crashed (see above); run again with --resume"
         raise DdrayError(f"the winner failed on every fresh seed: {reason}")
     final = run.folder / "distilled.pt"
-    copy_atomically(Path(results["best"]["artifact"]), final)
-    save_grid(load(final), final.with_suffix(".png"))
+    distilled = load(Path(results["best"]["artifact"]))
+    distilled.save(final)  # whole: it leaves the run
+    save_grid(distilled, final.with_suffix(".png"))
     results["best"]["artifact"] = str(final)
     return results
 
@@ -101,7 +102,11 @@ def _run_missing(search: Search, units: dict[str, Unit], executor: Executor, ser
     space = pixel_space(plan.config.pixel_space, plan.dataset, train)
     payload = pack(plan.dataset, train, "train", test, space)
     specs = _final_specs(plan, job, units.values(), train, space)
-    with executor.workers() as workers, serve_pool(job, payload, specs, executor) as served:
+    with (
+        progress("final sets", len(units), watch=search.run.reports) as show,
+        executor.workers() as workers,
+        serve_pool(job, payload, specs, executor) as served,
+    ):
         shared = workers.share(payload)
         schedules = {
             key: Schedule(unit.spec["schedule"], unit.spec["seed"], job.checkpoint(key))
@@ -112,6 +117,7 @@ def _run_missing(search: Search, units: dict[str, Unit], executor: Executor, ser
             Task(key, final_task, (served, shared, unit, joined.get(key))) for key, unit in units.items()
         ]
         for outcome in workers.run(tasks):
+            show(show.done + 1, "distilled and scored on test")
             if isinstance(outcome.error, StorageError):
                 raise outcome.error  # no row: --resume runs it when there is space again
             if isinstance(outcome.error, DivergedError):
@@ -163,7 +169,7 @@ def final_task(
     schedule = Schedule(unit.spec["schedule"], unit.spec["seed"], job.checkpoint(unit.key))
     plan = worker.plan(schedule.segments[-1]["params"], schedule.seed)
     distillation = distil(worker, schedule) if joined is None else joined
-    distillation.distilled.save(artifact_path(Path(job.run_dir), unit.key))
+    distillation.distilled.save(artifact_path(Path(job.run_dir), unit.key), shared=Path(job.run_dir))
     scores = worker.score(plan, distillation.distilled)
     wall_s = time.perf_counter() - begin
     costs = unit_costs(distillation, worker.device, wall_s)

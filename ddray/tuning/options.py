@@ -1,17 +1,21 @@
 """Options of `ddray tune`."""
 
+import importlib.util
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from ddray.config import AbsolutePath, Names, named
+from ddray.errors import InputError, unknown
 from ddray.ranking import DEFAULT_SPACE
 from ddray.system.options import Gpus, GpuWorkers
 
 Strategy = Literal["asha-tpe", "tpe", "random", "grid", "pb2"]
 Objective = Literal["val-accuracy", "nas-spearman"]
 
+LOGGERS: Final = ("mlflow", "wandb")
+"""What `--log-to` takes, each an extra of its name."""
 StartPoints = Annotated[
     tuple[AbsolutePath | dict[str, Any], ...],
     BeforeValidator(lambda value: (value,) if isinstance(value, str | Path | dict) else value),
@@ -26,9 +30,9 @@ class TuneOptions(GpuWorkers):
     """YAML of ranges by setting: lr_img, pool.epochs, evaluate.lr, arch, steps; default the method's shipped
     one."""
     num_samples: int = Field(default=16, ge=1)
-    """Trials, the paper's point among them. With --resume, a larger number extends a search."""
+    """Trials, the preset among them. With --resume, a larger number extends a search."""
     start_points: StartPoints = named("start_point", "start_points")
-    """YAML of values for some of the space's names, or a best.yaml, tried after the paper's point; the other
+    """YAML of values for some of the space's names, or a best.yaml, tried after the preset; the other
     names keep the preset's values; repeatable."""
     strategy: Strategy = "asha-tpe"
     """asha-tpe, tpe, random, grid or pb2."""
@@ -46,7 +50,9 @@ class TuneOptions(GpuWorkers):
     nas_epochs: int = Field(default=50, ge=1)
     """Epochs of each of them, on a trial's set and on the whole train part."""
     final_sets: int = Field(default=3, ge=1)
-    """Fresh seeds on which the winner and the paper's point are scored on test."""
+    """Fresh seeds on which the winner and the preset are scored on test."""
+    log_to: Names = ()
+    """wandb or mlflow, besides TensorBoard's files in the run folder (an extra of that name); repeatable."""
     cpus_per_trial: float = Field(default=1.0, gt=0)
     """CPU cores per trial."""
     gpus_per_trial: Gpus | None = None
@@ -60,3 +66,19 @@ class TuneOptions(GpuWorkers):
     """Seconds after which no trial starts."""
     address: str | None = None
     """Ray cluster to connect to; default a local one."""
+
+    @model_validator(mode="after")
+    def _loggers_are_there(self) -> Self:
+        """Refuse loggers whose package is missing, and a strategy without Ray Tune's trials."""
+        for name in self.log_to:
+            if name not in LOGGERS:
+                raise unknown("--log-to", name, LOGGERS)
+            if self.strategy == "pb2":
+                raise InputError(
+                    f"--log-to must be left out with strategy pb2, whose trials log nothing, got {name}"
+                )
+            if importlib.util.find_spec(name) is None:
+                raise InputError(
+                    f"--log-to {name} needs a package that is missing: pip install 'ddray[{name}]'"
+                )
+        return self

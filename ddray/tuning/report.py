@@ -9,6 +9,7 @@ from ddray.artifact.reading import load
 from ddray.drawing.html import to_html, write_run_page
 from ddray.drawing.images import set_uri
 from ddray.runs.ledger import Row
+from ddray.tuning.importances import importance_plot
 from ddray.tuning.space import Space
 from ddray.tuning.study import status_of, study_of
 
@@ -54,7 +55,7 @@ def search_figures(space: Space, rows: Sequence[Row]) -> list[dict[str, str]]:
     plot_functions: dict[str, Callable[..., Any]] = {
         "Optimisation history": plots.plot_optimization_history,
         "Parallel coordinates": plots.plot_parallel_coordinate,
-        "Hyperparameter importances": plots.plot_param_importances,
+        "Hyperparameter importances": importance_plot,
     }
     figures = []
     for title, plot in plot_functions.items():

@@ -42,6 +42,12 @@ class TuneResult(Result):
     num_stopped_early: int
     best: BestTrial
     paper_point: PaperPoint
+    verdict: str = ""
+    """Whether the winner is better than the preset, in words."""
+    cut: str | None = None
+    """What was lowered of the preset's budget, such as `steps 10 of 8,000`."""
+    overridden: list[str] | None = None
+    """Names of the other settings that are not the preset's; the search's own start from them."""
     artifact: str
     test_accuracy_mean: float | None
     test_accuracy_std: float | None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ddray.artifact.distilled_set import set_name
 from ddray.errors import DdrayError, InterruptedRunError
 from ddray.jobs.plan import Plan
 from ddray.runs.folder import Run
@@ -33,6 +34,12 @@ class Search:
     run: Run
     num_samples: int
     start_points: Points = field(default_factory=dict)  # the user's
+
+    @property
+    def name(self) -> str:
+        """What people call the search, such as `datadam-cifar10-ipc1-seed0`."""
+        plan = self.plan
+        return set_name(plan.method, plan.dataset.name, ipc=plan.ipc, budget=plan.budget, seed=plan.seed)
 
     def rows(self) -> list[Row]:
         """Return the trials' rows, by number."""
@@ -79,13 +86,13 @@ class Search:
 
         InterruptedRunError if a signal came, or the time budget ended before the paper's point.
         """
-        missing, folder = self.missing(), self.run.folder
+        missing = self.missing()
         out_of_time = self.options.time_budget is not None and run_s >= self.options.time_budget
         # A budget lets running trials end; a signal leaves some without a row.
         if missing and (self.unfinished() or not out_of_time or 0 in missing):
+            num_done = self.num_samples - len(missing)
             raise InterruptedRunError(
-                f"the search ended with {self.num_samples - len(missing)} of {self.num_samples} trials in "
-                f"{folder}; run again with --run-dir {folder} --resume to finish it"
+                f"the search ended with {num_done} of {self.num_samples} trials", self.run.folder
             )
 
 

@@ -153,7 +153,8 @@ def run_in_shards(
                 if budget not in scores.rungs:
                     scores.add(workers, budget, distillation.distilled)
             if budget != last:
-                report(metrics(job, unit.spec["number"], budget, scores.rungs, failed=False))
+                rung = metrics(job, unit.spec["number"], budget, scores.rungs, failed=False)
+                report({**rung, "step": step})
     except DivergedError as error:
         return failed_row(unit, error, scores.rungs, time.perf_counter() - begin)
     costs = {

@@ -11,6 +11,7 @@ import torch
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.data import SplitName
 from ddray.distillation.loop import Distillation, run_distillation
+from ddray.drawing.images import save_grid
 from ddray.errors import DivergedError
 from ddray.jobs.context import make_distiller
 from ddray.runs.ledger import Ledger, Row, Unit
@@ -23,6 +24,8 @@ from ddray.tuning.worker import SearchJob, SearchWorker
 METRIC: Final = "score"
 """The name under which Tune gets the score, whatever the objective is."""
 _WORST: Final = -1.0  # of a failed trial: the lowest rank correlation, below every accuracy
+ACCURACY_PERCENT: Final = "val_accuracy_percent"
+"""The name under which loggers get it."""
 ETA: Final = 3
 """ASHA's reduction factor: a third of the trials go on at each rung."""
 
@@ -77,7 +80,18 @@ def publish_trial(
             job.forget_checkpoint(unit.key)
     failed, last = row.status == "failed", job.budgets[-1]
     rungs = {last: _WORST} if failed else {int(b): v for b, v in row.result["rungs"].items()}
-    report(metrics(job, row.result["number"], last, rungs, failed=failed))
+    seen = {"step": spec["config"]["steps"], "loss": row.result.get("final_loss")}
+    report({**metrics(job, row.result["number"], last, rungs, failed=failed), **defined(seen)})
+
+
+def rung_picture(run_dir: str, trial_number: int, step: int) -> Path:
+    """Return the picture of a trial's set at a rung."""
+    return Path(run_dir) / "rungs" / f"trial-{trial_number:04d}" / f"{step:07d}.png"
+
+
+def defined(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def read_rungs(job: SearchJob, unit: Unit) -> tuple[dict[int, float], Path]:
@@ -100,16 +114,19 @@ def _run(worker: SearchWorker, unit: Unit, report: Callable[[dict[str, Any]], No
     rungs, path = read_rungs(job, unit)
     steps = rung_steps(job, plan.config.steps)
 
-    def score(budget: int, distil: Callable[[], DistilledSet]) -> None:
+    def score(budget: int, step: int, distil: Callable[[], DistilledSet]) -> None:
         if budget not in rungs:
-            rungs[budget] = worker.val_score(plan, distil())
+            distilled = distil()
+            rungs[budget] = worker.val_score(plan, distilled)
+            save_grid(distilled, rung_picture(job.run_dir, unit.spec["number"], step))
             write_text(path, json.dumps(rungs))
 
     def score_rung(step: int, loss: float) -> None:
         budget = steps.get(step, job.budgets[-1])
         if budget != job.budgets[-1]:
-            score(budget, distiller.snapshot)
-            report(metrics(job, unit.spec["number"], budget, rungs, failed=False))
+            score(budget, step, distiller.snapshot)
+            seen = {"step": step, "loss": loss}
+            report({**metrics(job, unit.spec["number"], budget, rungs, failed=False), **defined(seen)})
 
     try:
         distillation = run_distillation(
@@ -119,7 +136,7 @@ def _run(worker: SearchWorker, unit: Unit, report: Callable[[dict[str, Any]], No
             eval_steps=tuple(steps),
             on_step=score_rung,
         )
-        score(job.budgets[-1], lambda: distillation.distilled)
+        score(job.budgets[-1], plan.config.steps, lambda: distillation.distilled)
     except DivergedError as error:
         return failed_row(unit, error, rungs, time.perf_counter() - begin)
     costs = unit_costs(distillation, worker.device, time.perf_counter() - begin)
@@ -173,9 +190,12 @@ def trial_result(
 def metrics(
     job: SearchJob, trial_number: int, budget: int, rungs: Mapping[int, float], *, failed: bool
 ) -> dict[str, Any]:
-    """Return the metrics of a rung for Tune's scheduler."""
+    """Return the metrics of a rung for Tune's scheduler, and for loggers."""
+    score = rungs[max(rungs)]
+    percent = {ACCURACY_PERCENT: 100 * score} if job.nas is None and not failed else {}
     return {
-        METRIC: rungs[max(rungs)],
+        METRIC: score,
+        **percent,
         "objective": job.objective,
         "budget": budget,
         "number": trial_number,

@@ -109,6 +109,47 @@ def test_a_whitened_set_keeps_its_whitening(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.space().decode(loaded.space().encode(pixels)), pixels)
 
 
+def test_the_sets_of_a_run_share_one_whitening(tmp_path: Path) -> None:
+    one = distilled_set(meta=meta(pixel_space="zca"), zca=whitening())
+    paths = [tmp_path / "a.pt", tmp_path / "artifacts" / "b.pt", tmp_path / "artifacts" / "c-steps" / "d.pt"]
+    for path in paths:
+        one.save(path, shared=tmp_path)
+    one.save(tmp_path / "whole.pt")
+
+    loaded = [load(path) for path in paths]
+
+    assert len(list(tmp_path.rglob("whitening-*.pt"))) == 1
+    for path, each in zip(paths, loaded, strict=True):
+        assert path.stat().st_size < one.made_of()["whitening"] < (tmp_path / "whole.pt").stat().st_size
+        assert all(torch.equal(each.zca[name], tensor) for name, tensor in one.zca.items())
+        each.save(tmp_path / "again.pt")
+        assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "whole.pt").read_bytes()
+
+
+def test_a_set_without_its_runs_whitening_says_which_file_it_needs(tmp_path: Path) -> None:
+    distilled_set(meta=meta(pixel_space="zca"), zca=whitening()).save(
+        tmp_path / "run/a.pt", shared=tmp_path / "run"
+    )
+    (file,) = (tmp_path / "run").glob("whitening-*.pt")
+    copied = tmp_path / "elsewhere" / "a.pt"
+    copied.parent.mkdir()
+    copied.write_bytes((tmp_path / "run/a.pt").read_bytes())
+
+    with pytest.raises(InputError, match=rf"must have its whitening {file.name} beside it.*copy it too"):
+        load(copied)
+    torch.save({name: tensor + 1 for name, tensor in whitening().items()}, copied.parent / file.name)
+    with pytest.raises(InputError, match="must be the whitening that its name has the hash of"):
+        load(copied)
+
+
+def test_a_set_tells_what_its_file_is_made_of(tmp_path: Path) -> None:
+    one = distilled_set(meta=meta(pixel_space="zca"), zca=whitening())
+    one.save(tmp_path / "a.pt")
+
+    assert one.made_of() == {"images": 4 * 60 * 4, "labels": 4 * 8, "whitening": (60 + 60 * 60) * 4}
+    assert 0 < (tmp_path / "a.pt").stat().st_size - sum(one.made_of().values()) < 5000
+
+
 HALVES = {"decoder": "partition", "partition": {"factor": 2, "axes": "time"}, "ipc_decoded": 4}
 
 
@@ -251,7 +292,7 @@ def ddray_file(path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 3}, "format_version must be 1 or 2, got 3; update ddray"),
+        ({"format_version": 4}, "format_version must be 1, 2, 3, got 4; update ddray"),
         ({"extra": torch.zeros(1)}, r"unknown \['extra'\]"),
         ({"labels": None}, r"missing \['labels'\]"),
         ({"images": [[1.0]]}, "images must be dense tensors"),

@@ -210,8 +210,9 @@ def test_nas_takes_both_as_proxies(toy: Any, planned: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "form", "message"),
     [
-        ("set.zip", None, r"must go to a folder or a \.parquet file, got set\.zip; export to set, then pack"),
-        ("set.tar.gz", "ddranking", r"got set\.tar\.gz; export to set, then pack that folder"),
+        ("set.zip", None, r"folder is a folder, whose name must not end as a file's, got set\.zip; use set "),
+        ("set.tar.gz", "ddranking", r"got set\.tar\.gz; use set \(and pack that folder then\)"),
+        ("set.parquet", "folder", r"got set\.parquet; use set \("),
         ("set.pq", "parquet", r"must end in \.parquet, got set\.pq"),
     ],
 )

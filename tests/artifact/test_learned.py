@@ -242,8 +242,8 @@ def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     learned_set(label_kind="logits").save(tmp_path / "a.pt")
     contents = torch.load(tmp_path / "a.pt", weights_only=True)
-    torch.save({**contents, "format_version": 3}, buffer)
+    torch.save({**contents, "format_version": 4}, buffer)
     (tmp_path / "b.pt").write_bytes(buffer.getvalue())
 
-    with pytest.raises(InputError, match="format_version must be 1 or 2, got 3; update ddray"):
+    with pytest.raises(InputError, match="format_version must be 1, 2, 3, got 4; update ddray"):
         load(tmp_path / "b.pt")

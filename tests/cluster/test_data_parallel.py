@@ -17,7 +17,6 @@ from ddray.jobs.pool_training import train_pool
 from ddray.jobs.trainers import PoolTrainer
 from ddray.pool.local import LocalPool
 from ddray.pool.spec import PoolSpec, teacher_spec
-from ddray.system import tensors
 from ddray.training.recipe import TeacherRecipe
 
 CPU = torch.device("cpu")
@@ -103,15 +102,13 @@ def test_another_trainer_may_train_what_is_missing(digits: Any, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
-def test_features_are_put_together_and_the_largest_peak_is_the_entrys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int, ddray_home: Path
+def test_the_first_workers_weights_and_the_largest_peak_are_the_entrys(
+    tmp_path: Path, num_workers: int
 ) -> None:
-    monkeypatch.setattr(tensors, "_MOST_IN_MEMORY", 8)  # a larger matrix is on the disk
-    features = torch.arange(14.0).view(7, 2)
-    for rank, part in enumerate(features.tensor_split(num_workers)):
-        values = {"features": part.contiguous(), **({} if rank else {"weights.x": torch.ones(3)})}
-        save_file(values, _part(tmp_path, rank), {"peak_memory_bytes": str(9 - rank)})
+    for rank in range(num_workers):
+        values = {} if rank else {"weights.x": torch.ones(3)}
+        save_file(values, _part(tmp_path, rank), {"peak_memory_bytes": str(9 + rank)})
     collected, peak = _collected(tmp_path, num_workers)
-    assert collected.keys() == {"features", "weights.x"}
-    assert torch.equal(collected["features"], features)
-    assert peak == 9
+    assert collected.keys() == {"weights.x"}
+    assert torch.equal(collected["weights.x"], torch.ones(3))
+    assert peak == 8 + num_workers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -288,7 +289,11 @@ def test_sigterm_ends_with_one_line(tmp_path: Path) -> None:
     _, said = child.communicate(timeout=60)
 
     assert child.returncode == 1
-    assert said.splitlines()[-1].startswith("error: interrupted; run again with --resume")
+    last = said.splitlines()[-1]
+    assert re.fullmatch(
+        r"error: the run was interrupted at step [\d,]+ of 1,000,000, saved; continue .*", last
+    )
+    assert last.endswith(f"; continue with: ddray {command} --run-dir {run} --resume")
 
 
 @pytest.mark.parametrize("protocol", ["robust", "continual"])

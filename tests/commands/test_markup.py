@@ -85,11 +85,13 @@ def test_commands_print_paths_and_names_as_they_are(
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("wide")
-def test_progress_and_live_tables_show_them_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_and_live_tables_show_them_too(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     with progress(f"dm on {name}", 2) as show:
         show(1, f"note {name}")
-    live = LiveTable(2, 0)
+    live = LiveTable(2, 0, tmp_path)
     with live.display():
         live.update(0, {"init": name}, "done", {"score": 0.5})
     for text in (f"dm on {name}", f"note {name}", f"init={name}"):

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import kornia
 import pytest
 import torch
 
 from ddray.data import PixelSpace, Split, fit_zca
-from ddray.data.pixels import channel_statistics
+from ddray.data import pixels as module
+from ddray.data.pixels import channel_statistics, pixel_space
 from ddray.errors import InputError
+from ddray.system.tensors import load_plain
+from ddray.testing import random_dataset
 
 
 def some_split(num: int = 90, shape: tuple[int, int, int] = (3, 4, 4)) -> Split:
@@ -135,3 +139,47 @@ def test_a_space_that_makes_no_sense_is_refused(make: object) -> None:
     assert callable(make)
     with pytest.raises(InputError):
         make()
+
+
+class TestStoredWhitening:
+    def fit(self, split: Split, device: str = "cpu") -> PixelSpace:
+        return pixel_space("zca", random_dataset(), split, device)
+
+    def test_it_is_fitted_once_for_the_same_images(
+        self, ddray_home: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        split, other = some_split(40, (3, 8, 8)), some_split(41, (3, 8, 8))
+        first, expected = self.fit(split), fit_zca(split)
+        self.fit(other)
+        files = {path: path.stat().st_mtime_ns for path in (ddray_home / "whitening").glob("*.pt")}
+        monkeypatch.setattr(module, "fit_zca", None)
+        again = self.fit(Split(split.images.clone(), split.labels))
+        assert len(files) == 2
+        assert {path: path.stat().st_mtime_ns for path in files} == files
+        for space in (first, again):
+            assert space.zca_matrix is not None
+            assert space.zca_mean is not None
+            assert torch.equal(space.zca_matrix, expected.zca_matrix)  # type: ignore[arg-type]
+            assert torch.equal(space.zca_mean, expected.zca_mean)  # type: ignore[arg-type]
+        assert again.fit_s == first.fit_s > 0
+
+    def test_a_damaged_file_is_fitted_again_with_a_warning(
+        self, ddray_home: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        split = some_split(40, (3, 8, 8))
+        first = self.fit(split)
+        (file,) = (ddray_home / "whitening").glob("*.pt")
+        file.write_bytes(file.read_bytes()[:1000])
+        again = self.fit(split)
+        assert "is damaged" in caplog.text
+        assert torch.equal(again.zca_matrix, first.zca_matrix)  # type: ignore[arg-type]
+        assert load_plain(file)["zca_matrix"].shape == (192, 192)
+
+    def test_a_home_that_cannot_be_written_only_costs_the_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("DDRAY_HOME", str(tmp_path / "file"))
+        space = self.fit(some_split(40, (3, 8, 8)))
+        assert space.zca_matrix is not None
+        assert "is not kept for other runs" in caplog.text

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ddray.distillation import loop as module
 from ddray.distillation.loop import Distillation, StepTimer, run_distillation
 from ddray.distillation.method import DistillContext
 from ddray.errors import DivergedError, StorageError
+from ddray.system.interrupts import SavedInterrupt
+from ddray.system.progress import Row
 
 
 class Counter:
@@ -300,6 +303,104 @@ def test_the_set_tells_what_made_it_and_shares_no_memory(ctx: DistillContext) ->
     assert (distilled.meta.seed, distilled.meta.arch, distilled.meta.norm) == (0, "convnet2_w8", "instance")
     assert torch.__version__.startswith(distilled.meta.versions["torch"])
     distilled.validate()
+
+
+class Signalled(Counter):
+    """Gets SIGINT in one of its steps."""
+
+    def __init__(self, num_steps: int, at: int, **fields: Any) -> None:
+        super().__init__(num_steps, **fields)
+        self._at = at
+
+    def step(self) -> dict[str, Tensor]:
+        losses = super().step()
+        if self._step == self._at:
+            signal.raise_signal(signal.SIGINT)
+        return losses
+
+
+@pytest.mark.parametrize("at", [1, 7, 10, 12])
+def test_a_signal_waits_for_the_end_of_its_step_which_is_saved(
+    at: int, ctx: DistillContext, tmp_path: Path
+) -> None:
+    whole = run_distillation(Counter(12), ctx)
+    path = tmp_path / "c.pt"
+    with pytest.raises(SavedInterrupt, match=rf"^at step {at} of 12, saved$"):
+        run_distillation(Signalled(12, at), ctx, checkpoint=path, checkpoint_every=5)
+    method = Counter(12)
+
+    again = run_distillation(method, ctx, checkpoint=path, checkpoint_every=5)
+
+    assert again.resumed_from_step == at
+    assert method.steps_done == list(range(at + 1, 13))
+    assert torch.equal(again.distilled.images, whole.distilled.images)
+    assert torch.equal(again.losses, whole.losses)
+
+
+def test_without_a_checkpoint_a_signal_ends_the_run_at_once(ctx: DistillContext) -> None:
+    method = Signalled(12, 3)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run_distillation(method, ctx)
+    assert caught.type is KeyboardInterrupt
+    assert method.steps_done == [1, 2, 3]
+
+
+def test_checkpoints_by_time_change_no_result(
+    ctx: DistillContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is due: what is written, when it is looked at, and where it ends stays the same."""
+    whole = run_distillation(Counter(9), ctx)
+    monkeypatch.setattr(module, "_SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(module, "_SAVE_SHARE", 1e9)
+    seen, saved = list[int](), list[int]()
+    save = module._Run.save
+    monkeypatch.setattr(module._Run, "save", lambda run, step: (saved.append(step), save(run, step)))
+    result = run_distillation(
+        Counter(9),
+        ctx,
+        checkpoint=tmp_path / "c.pt",
+        checkpoint_every=4,
+        on_step=lambda step, loss: seen.append(step),
+    )
+    assert saved == list(range(1, 10))
+    assert seen == [4, 8, 9]
+    assert torch.equal(result.losses, whole.losses)
+    assert torch.equal(result.distilled.images, whole.distilled.images)
+
+
+def test_a_nan_between_looks_is_not_saved_and_left_to_the_next_look(
+    ctx: DistillContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(module, "_SAVE_SHARE", 1e9)
+    path = tmp_path / "c.pt"
+    result = run_distillation(Counter(6, nan_at=2), ctx, checkpoint=path, checkpoint_every=6)
+    assert math.isnan(float(result.losses[1]))  # as in a run without such checkpoints
+    path.unlink()
+    with pytest.raises(SavedInterrupt, match=r"at step 1 of 6, where its last checkpoint was$"):
+        run_distillation(Signalled(6, 1, nan_at=1), ctx, checkpoint=path, checkpoint_every=6)
+    assert not path.exists()
+
+
+def test_a_slow_checkpoint_is_written_less_often(
+    ctx: DistillContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = module._Run(Counter(3), ctx, tmp_path / "c.pt", None)
+    before = run._pause_s
+    clock = iter([0.0, 10.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(module, "write_atomically", lambda path, write: None)
+    run.save(0)
+    assert (before, run._pause_s) == (30.0, 200.0)
+
+
+def test_the_row_moves_with_every_step(
+    ctx: DistillContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[tuple[str, str]] = []
+    monkeypatch.setattr(Row, "__call__", lambda row, done, note: shown.append((row.title, f"{done} {note}")))
+    run_distillation(Counter(3), ctx)
+    assert shown == [("random on toy", text) for text in ("0 ", "1 loss 1", "2 loss 2", "3 loss 3")]
 
 
 class TestStepTimer:

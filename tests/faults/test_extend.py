@@ -95,8 +95,8 @@ def test_start_points_are_tried_after_the_presets_and_the_study_sees_them(tmp_pa
     config = read_yaml(run / "config.yaml")
     assert config["start_points"] == {"1": points[0], "2": points[1], "3": points[2]}
     storage = JournalStorage(JournalFileBackend(str(run / "optuna.journal")))
-    study = optuna.load_study(study_name="ddray", storage=storage)
-    assert sorted(trial.user_attrs["number"] for trial in study.trials) == [0, 1, 2, 3, 4, 5]
+    study = optuna.load_study(study_name=None, storage=storage)
+    assert [trial.user_attrs["number"] for trial in study.trials] == [0, 1, 2, 3, 4, 5]
     before = stamps(run)
     search(run, RANGE, num_samples=6, resume=True, **options)  # they need not be named again
     assert stamps(run) == before

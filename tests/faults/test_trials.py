@@ -154,10 +154,13 @@ def test_asha_stops_poor_trials_early_but_never_the_papers_point(tmp_path: Path)
     best = next(row for row in rows if row.spec["number"] == out["best"]["trial"])
     assert not best.result["stopped_early"]
     assert out["best"]["val_accuracy"] >= out["paper_point"]["val_accuracy"]
-    study = optuna.load_study(study_name="ddray", storage=_journal(run))
-    # The paper's point lies outside the range: Optuna can't store it.
-    states = sorted(trial.state.name for trial in study.trials)
-    assert states == ["COMPLETE"] * (6 - len(stopped)) + ["PRUNED"] * len(stopped)
+    study = optuna.load_study(study_name=None, storage=_journal(run))
+    assert study.study_name == "datadam-digits-ipc1-seed0"
+    # The preset lies outside the range: Optuna can't store its settings, and it holds its number alone.
+    assert [trial.user_attrs["number"] for trial in study.trials] == list(range(7))
+    states = [trial.state.name for trial in study.trials]
+    assert states[0] == "FAIL"
+    assert sorted(states[1:]) == ["COMPLETE"] * (6 - len(stopped)) + ["PRUNED"] * len(stopped)
 
 
 def test_pb2_changes_settings_inside_a_trial_and_resumes_by_generation(tmp_path: Path) -> None:
@@ -218,7 +221,7 @@ def test_choices_are_taken_as_the_method_holds_them(tmp_path: Path) -> None:
     out = search(run, "lr_img: {choice: [1, 2]}\np: {choice: [1, 4]}", strategy="tpe", num_samples=2)
     assert out["num_trials"] == 2
     assert trials(run)[0].spec["params"] == {"lr_img": 1.0, "p": 4.0}
-    study = optuna.load_study(study_name="ddray", storage=_journal(run))
+    study = optuna.load_study(study_name=None, storage=_journal(run))
     assert len(study.trials) == 2
 
 

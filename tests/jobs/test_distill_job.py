@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ddray.artifact.reading import load
 from ddray.commands.options import to_json
 from ddray.config import Result
 from ddray.data.loaders import data_info
-from ddray.errors import DivergedError, InputError
+from ddray.errors import DivergedError, InputError, InterruptedRunError
 from ddray.jobs import distill as api
 from ddray.jobs.distill import distill
 from ddray.jobs.plan import resolve
@@ -32,11 +33,16 @@ class TestDistill:
 
         assert set(result.dump()) == {
             *("artifact", "method", "dataset", "ipc", "steps", "resumed_from_step", "wall_s", "precision"),
-            *("seconds_per_step", "first_loss", "final_loss", "run_dir"),
-            *("seconds", "seconds_with_pool", "peak_memory_bytes", "storage_floats"),
+            *("seconds_per_step", "first_loss", "final_loss", "run_dir", "name", "cut", "overridden"),
+            *("seconds", "seconds_with_pool", "peak_memory_bytes", "storage_floats", "size_bytes", "made_of"),
         }
+        assert result["made_of"] == {"images": 10 * 64 * 4, "labels": 10 * 8}
+        assert result["size_bytes"] == (tmp_path / "run" / "distilled.pt").stat().st_size
         assert result["artifact"] == str(tmp_path / "run" / "distilled.pt")
         assert (result["method"], result["dataset"], result["ipc"], result["steps"]) == ("dm", "digits", 1, 6)
+        assert result["name"] == "dm-digits-ipc1-seed0"
+        assert result["cut"] == "epochs 3 of 300; steps 6 of 150"
+        assert result["overridden"] == ["method.batch_real", "arch"]
         assert json.loads(to_json(result)) == result.dump()
         distilled = load(Path(result["artifact"]))
         assert distilled.meta.config["steps"] == 6
@@ -52,6 +58,46 @@ class TestDistill:
         assert [event["event"] for event in run.ledger.events()] == ["start", "finish"]
         assert len((tmp_path / "run" / "results.csv").read_text().splitlines()) == 2
         assert [path.name for path in run.folder.rglob("*.tmp")] == []
+
+    def test_of_a_whitened_run_the_fit_is_measured_and_the_sets_along_it_share_it(
+        self, digits: Any, tmp_path: Path
+    ) -> None:
+        plan = self.plan(digits, pixel_space="zca", evaluate={"epochs": 3, "seeds": 2, "every": 2})
+        first, second = (distill(plan, device=CPU, run_dir=tmp_path / name) for name in "ab")
+
+        assert first["whitening_s"] == second["whitening_s"] > 0  # fitted once, for all runs
+        assert first["made_of"]["whitening"] == (64 + 64 * 64) * 4
+        (whitening,) = (tmp_path / "a").rglob("whitening-*.pt")
+        steps = sorted((tmp_path / "a" / "distilled-steps").glob("*.pt"))
+        assert [path.name for path in steps] == ["0000002.pt", "0000004.pt"]
+        assert all(path.stat().st_size < whitening.stat().st_size for path in steps)
+        assert load(steps[0]).zca.keys() == load(Path(first["artifact"])).zca.keys()
+
+    def test_a_signal_is_told_with_the_step_that_is_saved(
+        self, digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from ddray.methods import get_method
+
+        method: Any = get_method("dm")
+        step = method.step
+
+        def interrupted(self: Any) -> Any:
+            if self._engine._step == 2:
+                signal.raise_signal(signal.SIGINT)
+            return step(self)
+
+        whole = distill(self.plan(digits), device=CPU, run_dir=tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            patch.setattr(method, "step", interrupted)
+            with pytest.raises(
+                InterruptedRunError, match="the run was interrupted at step 3 of 6, saved; run"
+            ):
+                distill(self.plan(digits), device=CPU, run_dir=tmp_path / "cut")
+
+        again = distill(self.plan(digits), device=CPU, run_dir=tmp_path / "cut", resume=True)
+
+        assert again["resumed_from_step"] == 3
+        assert Path(again["artifact"]).read_bytes() == Path(whole["artifact"]).read_bytes()
 
     def test_a_run_cut_off_resumes_to_the_same_bytes(
         self, digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -323,7 +323,7 @@ class TestForeignSets:
             evaluate(random_set, quick(dataset="digits", **options), device=CPU)
 
     @pytest.mark.parametrize("name", ["pictures", "set.parquet"])
-    def test_what_is_exported_names_its_dataset(self, name: str, random_set: Path, tmp_path: Path) -> None:
+    def test_exported_pictures_name_their_dataset(self, name: str, random_set: Path, tmp_path: Path) -> None:
         export_set(load(random_set), tmp_path / name)
 
         answer = evaluate(tmp_path / name, EvaluateOptions(), device=CPU)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -259,7 +260,8 @@ def test_the_default_of_gpus_is_what_the_run_had(monkeypatch: pytest.MonkeyPatch
 
 def test_networks_count_for_estimates(path: Path, tmp_path: Path) -> None:
     run(path, tmp_path / "scores", quick())
-    assert len(costs_file().read_text().splitlines()) == 4
+    kinds = [json.loads(line)["kind"] for line in costs_file().read_text().splitlines()]
+    assert kinds == ["distill", *["evaluate"] * 4]
     estimate = History("cpu").estimate({"kind": "evaluate", "what": "hard", "which": ARCHS[0]}, 1e6)
     assert estimate.units == 2
     assert estimate.wall_s is not None

@@ -16,7 +16,7 @@ from ddray.jobs.plan import resolve
 from ddray.jobs.trainers import PoolTrainer
 from ddray.nets import build_net
 from ddray.pool.local import LocalPool
-from ddray.pool.spec import PoolSpec, supervised_specs
+from ddray.pool.spec import PoolSpec, features_spec, supervised_specs
 from ddray.seeding import derive, derive_seed
 
 CPU = torch.device("cpu")
@@ -28,6 +28,10 @@ def pool_spec(dataset: Dataset, split: str = "train", seed: int = 3, **recipe: A
         dataset, split=split, arch="convnet2_w8", device="cpu", recipe=recipe, seed=seed, num=1
     )
     return spec
+
+
+def flat(tensors: Any) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
 def same(a: Any, b: Any) -> bool:
@@ -61,8 +65,11 @@ def test_it_is_plain_sgd_on_the_normalized_images(toy: Any) -> None:
     assert peak > 0
     for name, value in net.state_dict().items():
         torch.testing.assert_close(tensors[f"weights.{name}"], value, rtol=1e-3, atol=1e-5)
+    assert {name.partition(".")[0] for name in tensors} == {"weights"}, "features are entries of their own"
+    (entry,) = LocalPool(PoolTrainer(dataset, split, CPU)).get([features_spec(pool_spec(dataset))])
     with torch.no_grad():
-        torch.testing.assert_close(tensors["features"], net.embed(images), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(entry.tensors["features"], net.embed(images), rtol=1e-3, atol=1e-4)
+    assert entry.tensors.keys() == {"features"}
 
 
 def test_a_large_split_is_encoded_by_the_batch(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,10 +106,10 @@ def test_the_recipe_decides(limit: int, toy: Any, monkeypatch: pytest.MonkeyPatc
         {"lr": 0.1},
     ]
 
-    features = [trainer(pool_spec(dataset, **change))[0]["features"] for change in changes]
+    weights = [flat(trainer(pool_spec(dataset, **change))[0]) for change in changes]
 
-    assert len({tuple(embedding.flatten().tolist()) for embedding in features}) == len(changes)
-    assert torch.equal(features[1], trainer(pool_spec(dataset, **changes[1]))[0]["features"])
+    assert len({tuple(each.tolist()) for each in weights}) == len(changes)
+    assert torch.equal(weights[1], flat(trainer(pool_spec(dataset, **changes[1]))[0]))
 
 
 def test_a_split_is_the_same_images_for_whoever_trains(toy: Any) -> None:
@@ -116,10 +123,16 @@ def test_a_split_is_the_same_images_for_whoever_trains(toy: Any) -> None:
 
     assert same(a, b)
     assert same(c, d)
-    assert len(a["features"]) == len(c["features"]) == 60
-    assert not torch.equal(a["features"], c["features"])
+    assert not same(a, c)
     alone = PoolTrainer(dataset, part, CPU)(pool_spec(dataset, split="part"))[0]
-    assert torch.equal(c["features"][: len(part)], alone["features"]), "val is never trained on"
+    assert same(c, alone), "val is never trained on"
+    of_all, of_part = (
+        final(features_spec(pool_spec(dataset, split=name)))[0]["features"]
+        for name in ("train", "train-val0")
+    )
+    assert len(of_all) == len(of_part) == 60
+    seen = searching(features_spec(pool_spec(dataset, split="part")))[0]["features"]
+    assert torch.equal(of_part[: len(part)], seen)
     rows = search_rows(dataset.train(), seed=0)
     joined = torch.cat([part.images, val.images])
     assert torch.equal(joined[rows], dataset.train().images), "features of val come last"

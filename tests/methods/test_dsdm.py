@@ -219,8 +219,8 @@ def test_steps_are_algorithm_1(name: str, toy: Any, planned: Any) -> None:
         )
 
 
-class Bare:
-    """A pool whose entries come without features."""
+class Recording:
+    """A pool that notes what it is asked for."""
 
     def __init__(self, pool: Any) -> None:
         self.pool = pool
@@ -228,10 +228,8 @@ class Bare:
 
     def get(self, specs: Sequence[PoolSpec]) -> list[PoolEntry]:
         self.requested += specs
-        return [
-            PoolEntry(entry.meta, {k: v for k, v in entry.tensors.items() if k != "features"})
-            for entry in self.pool.get(specs)
-        ]
+        entries: list[PoolEntry] = self.pool.get(specs)
+        return entries
 
 
 def test_the_pools_features_spare_the_real_images_forward_pass(
@@ -239,9 +237,9 @@ def test_the_pools_features_spare_the_real_images_forward_pass(
 ) -> None:
     settings = {"batch_real": BATCH, "pool": POOL, **LETTER}
     _, ctx, fast = planned("dsdm", toy(), ipc=IPC, steps=2, method=settings)
-    bare = dataclasses.replace(ctx, pool=Bare(ctx.pool))
     _, _, slow = planned("dsdm", toy(), ipc=IPC, steps=2, method=settings)
-    fast.setup(ctx), slow.setup(bare)
+    fast.setup(ctx), slow.setup(ctx)
+    slow._engine._features = None
 
     losses = [float(fast.step()["loss"]) for _ in range(2)]
     assert read_sizes == []
@@ -256,6 +254,9 @@ def test_the_pool_is_asked_for_what_the_preset_says(toy: Any, planned: Any) -> N
 
     assert [spec.seed for spec in specs] == list(range(10)), "runs of every seed share the networks"
     assert {spec.split for spec in specs} == {"train-val0"}, "and none of them has seen val"
+    assert {spec.kind for spec in specs} == {"supervised"}, "nobody reads features of augmented images"
+    _, ctx, letter = planned("dsdm", toy(), steps=1, method=LETTER)
+    assert [spec.kind for spec in letter.pool_specs(ctx)] == ["supervised"] * 10 + ["features"] * 10
     searched = dataclasses.replace(ctx, search_seed=3)
     assert {spec.split for spec in distiller.pool_specs(searched)} == {"train-val3"}
     searched = dataclasses.replace(ctx, split_name="train-val7", search_seed=3)
@@ -278,7 +279,7 @@ def test_the_pool_is_asked_for_what_the_preset_says(toy: Any, planned: Any) -> N
 
 def test_without_a_pool_none_is_asked_for(toy: Any, planned: Any) -> None:
     _, ctx, distiller = planned("dsdm", toy(), steps=1, method={"use_pool": False, "batch_real": BATCH})
-    pool = Bare(ctx.pool)
+    pool = Recording(ctx.pool)
 
     distiller.setup(dataclasses.replace(ctx, pool=pool))
 

@@ -19,7 +19,7 @@ from ddray.evaluation.protocol import EvalContext, evaluate_archs
 from ddray.jobs.plan import budget_method, resolve
 from ddray.methods import get_method, method_names
 from ddray.methods.families.selection import herding_order, kcenter_order, kmeans_order
-from ddray.ranking.options import NasOptions
+from ddray.ranking.options import NamedFile, NasOptions
 from ddray.ranking.proxies import baseline_proxies, file_proxies
 from ddray.ranking.spaces import resolve_config
 from ddray.training.recipe import Recipe
@@ -130,7 +130,7 @@ class TestAShorterSet:
 
     def test_it_is_a_proxy_with_baselines_of_its_size(self, path: Path, toy: Any) -> None:
         dataset, distilled = toy(COUNTS), load(path)
-        (proxy,) = file_proxies([path], [distilled], "train")
+        (proxy,) = file_proxies([NamedFile(path=path)], [distilled], "train")
         assert proxy.storage_images == proxy.num_images == len(distilled.labels)
         config = resolve_config(NasOptions())
         (baseline,) = baseline_proxies(

@@ -280,7 +280,9 @@ def test_an_entry_that_may_not_be_read_is_no_damage(
 def test_nothing_is_said_when_all_are_there(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         LocalPool(Trainer()).get([spec(), spec(seed=1)])
-        assert [record.getMessage() for record in caplog.records] == ["pool: training 2 of 2 models"]
+        assert caplog.messages == [
+            f"pool network {number} of 2 (supervised, {spec().arch})" for number in (1, 2)
+        ]
         caplog.clear()
         LocalPool(Trainer()).get([spec(), spec(seed=1)])
         assert caplog.records == []

@@ -11,6 +11,7 @@ import pytest
 
 from ddray.errors import DivergedError, InputError, StorageError
 from ddray.runs.executor import LocalExecutor, Outcome, Task, WorkerPool
+from ddray.system.progress import progress, read_reports
 
 
 @pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.ray)])
@@ -38,6 +39,29 @@ def fails(folder: Path, name: str, times: int, error: Exception) -> str:
     if calls(folder, name) <= times:
         raise error
     return name
+
+
+def works(folder: Path) -> str:
+    """Move a row, and return what the driver can read of it meanwhile."""
+    with progress("dm on digits", 90) as show:
+        show(12, "loss 0.5")
+        return " ".join(
+            f"{key[:1]}: {row.title} {row.counted()}" for key, row in read_reports(folder).items()
+        )
+
+
+def test_what_a_worker_does_is_read_from_its_report_while_it_runs(
+    workers: WorkerPool, tmp_path: Path
+) -> None:
+    folder = tmp_path / "progress"
+    with progress("bench", 1, watch=folder):
+        (outcome,) = workers.run([Task("a" * 64, works, (folder,))])
+        assert read_reports(folder) == {}
+    # This process's own work is a row of its drawing.
+    assert outcome.value == ("" if isinstance(workers, LocalExecutor) else "a: dm on digits 12/90")
+    assert not folder.exists()
+    (outcome,) = workers.run([Task("b" * 64, works, (folder,))])
+    assert outcome.value == ""  # nobody would look
 
 
 @pytest.mark.parametrize(("times", "attempts", "ends_well"), [(0, 1, True), (2, 3, True), (3, 3, False)])

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddray.errors import StorageError
-from ddray.runs import ledger as module
 from ddray.runs.ledger import Ledger, Row, Unit, canonical_json
+from ddray.system import files
 
 PROCESSES = 4
 
@@ -263,7 +263,7 @@ def test_an_event_that_does_not_fit_on_the_disk_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel writes what still fits and returns how much that was."""
-    monkeypatch.setattr(module.os, "write", lambda handle, line: len(line) - 1)
+    monkeypatch.setattr(files.os, "write", lambda handle, line: len(line) - 1)
 
     with pytest.raises(StorageError, match=r"events\.jsonl: No space left on device"):
         Ledger(tmp_path).event("start", "k", 1)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from ddray.config import read_yaml
-from ddray.errors import InputError
+from ddray.errors import InputError, InterruptedRunError
 from ddray.runs.folder import _numbered, extended_from, open_run, read_config
+from ddray.system.interrupts import SavedInterrupt
 
 CONFIG = {"steps": 3, "lr": 1e-05, "method": {"layers": (1, 2), "init": None}, "name": "digits"}
 
@@ -175,3 +176,20 @@ def test_a_place_that_cannot_hold_a_folder_is_bad_input(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"--run-dir must be a folder, .*/file is a file"):
         open_run(tmp_path / "file" / "run", CONFIG, command="distill", resume=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "event"),
+    [
+        (KeyboardInterrupt(), "the bench was interrupted"),
+        (SavedInterrupt("at step 3 of 9, saved"), "the bench was interrupted at step 3 of 9, saved"),
+        (InterruptedRunError("the sweep was interrupted", Path("nas/x")), "the sweep was interrupted"),
+    ],
+)
+def test_an_interrupt_says_how_the_run_goes_on(error: BaseException, event: str, tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", CONFIG, command="bench", resume=False)
+
+    with pytest.raises(InterruptedRunError) as caught, run.continued("the bench"):
+        raise error
+
+    assert str(caught.value) == f"{event}; run again with --run-dir {run.folder} --resume to finish it"

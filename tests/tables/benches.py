@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ddray.errors import InterruptedRunError
 from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger
 from ddray.tables import worker
@@ -53,7 +54,7 @@ def cut_after(stop: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "publish", publish)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(InterruptedRunError, match="the bench was interrupted; run again with"):
             yield
 
 

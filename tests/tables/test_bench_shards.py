@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ddray.config import read_yaml
-from ddray.errors import DdrayError, InputError
+from ddray.errors import DdrayError, InputError, InterruptedRunError
 from ddray.jobs import shard_worker
 from ddray.methods import get_method
 from ddray.report.page import write_page
@@ -97,7 +97,7 @@ def test_a_resumed_run_repeats_no_finished_shard(
 
     with monkeypatch.context() as patch:
         patch.setattr(worker, "publish", publish)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(InterruptedRunError, match="the bench was interrupted; run again with"):
             run(folder, sharded)
     before = {row.key for row in shard_rows(folder)}
     assert len(before) == 2

@@ -12,11 +12,13 @@ from ddray.commands.display import bench_tables, forecast_tables
 from ddray.data import open_dataset
 from ddray.errors import InputError
 from ddray.evaluation.soft_recipes import recipe_teachers
+from ddray.tables.columns import columns_of
 from ddray.tables.graph import build_graph
 from ddray.tables.result import BenchResult
 from ddray.tables.spec import BenchSpec, read_spec
+from ddray.tables.table import scored_cell
 from ddray.tables.units import Cell
-from tests.tables.benches import spec
+from tests.tables.benches import spec, table_cell
 
 HARD: dict[str, Any] = {"protocol": "hard", "seeds": 1}
 SOFT: dict[str, Any] = {"protocol": "soft", "seeds": 1}
@@ -78,6 +80,47 @@ def test_a_recipe_with_several_teachers_has_them_where_the_table_names_none() ->
 )
 def test_what_a_row_changes_of_its_preset_is_said(method: Any, table: dict[str, Any], changes: Any) -> None:
     assert changes_of(method, **table) == changes
+
+
+@pytest.mark.parametrize(
+    ("method", "table", "cut", "overridden"),
+    [
+        ("dm", {}, None, ()),
+        ({"name": "dm", "steps": 3}, {}, "steps 3 of 150", ()),
+        ({"name": "dm", "steps": 3, "set": {"method.lr_img": 2}}, {}, "steps 3 of 150", ("method.lr_img",)),
+        ("dm", {"set": {"steps": 300}}, None, ("steps",)),  # more is no cut
+        ("dm", {"limits": {"epochs": 5, "steps": 2}}, "epochs 5 of 300; steps 2 of 150", ()),
+        ("dm", {"evaluate": {**HARD, "epochs": 5}}, "epochs 5 of 300", ()),
+        ("dm", {"evaluate": {**HARD, "options": {"train_limit": 5}}}, "train_limit 5 of all", ()),
+        ("dm", {"evaluate": {**HARD, "augment": "none"}}, None, ("evaluate.augment",)),
+        (
+            "random",
+            {"evaluate": {**SOFT, "recipe": "rded", "epochs": 5}},
+            "epochs 5 of 400",
+            ("evaluate.recipe",),
+        ),
+        ("random", {"set": {"arch": "convnet1_w8"}}, None, ("arch",)),
+        ({"name": "dm", "steps": 3, "published": {"setting": "3 steps"}}, {}, None, ()),  # the paper's row
+    ],
+)
+def test_a_smaller_budget_is_a_cut_and_other_settings_are_overridden(
+    method: Any, table: dict[str, Any], cut: str | None, overridden: tuple[str, ...]
+) -> None:
+    (cell,) = cells(**{"methods": [method], **table})
+    assert (cell.cut, cell.overridden) == (cut, overridden)
+
+
+def test_a_cut_row_carries_its_cut_and_no_difference_in_standard_errors() -> None:
+    published: dict[str, Any] = {"dataset": "cifar10", "num_classes": 10, "name": "datadam"}
+    for departure in ({}, {"cut": "steps 2 of 8,000"}, {"overridden": ("pixel_space",)}):
+        cell = scored_cell(table_cell(**published, **departure), [[0.3, 0.31]], num_sets=1)
+        assert (cell["published"]["difference_se"] is None) == bool(departure)
+        assert {name: cell[name] for name in ("cut", "overridden") if name in cell} == {
+            name: list(value) if isinstance(value, tuple) else value for name, value in departure.items()
+        }
+        header = "cut" if "cut" in departure else "overridden"
+        columns = {column.header: column.text_of(cell) for column in columns_of([cell])}
+        assert columns.get(header, "") == ("".join(departure.get(header, ())))
 
 
 @pytest.mark.parametrize(

@@ -119,11 +119,8 @@ def test_a_clipped_gradient_is_that_of_all_rows(members: list[dict[str, dict[str
         torch.testing.assert_close(results["clipped"], clipped(None), rtol=1e-10, atol=1e-12)
 
 
-def test_each_embeds_its_share_of_the_images(members: list[dict[str, dict[str, Tensor]]]) -> None:
+def test_each_has_the_network_that_one_trains(members: list[dict[str, dict[str, Tensor]]]) -> None:
     expected = pool_entry(None)
-    parts = [results["pool"].pop("features") for results in members]
-    torch.testing.assert_close(torch.cat(parts), expected.pop("features"), rtol=1e-4, atol=1e-5)
-    assert min(map(len, parts)) == 12
     for results in members:
         torch.testing.assert_close(results["pool"], expected, rtol=1e-4, atol=1e-5)
 

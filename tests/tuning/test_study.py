@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import logging
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from optuna.trial import TrialState
 from ddray.runs.ledger import Row
 from ddray.tuning.report import search_view
 from ddray.tuning.space import Range, read_space, sample
-from ddray.tuning.study import STUDY, study_of, write_study
+from ddray.tuning.study import add_row, hold_numbers, study_of, write_study
 
 SPACE = {
     "lr": Range("loguniform", 0.01, 10.0),
@@ -30,6 +32,11 @@ def row(
     return Row(
         key=f"{number}", kind="trial", spec={"params": params}, status=status, result=result, wall_s=1.0
     )
+
+
+def read_journal(folder: Path, name: str) -> Any:
+    backend = optuna.storages.journal.JournalFileBackend(str(folder / "optuna.journal"))
+    return optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend))
 
 
 def test_trials_keep_value_state_settings_and_rungs_in_order_of_number() -> None:
@@ -67,8 +74,9 @@ def test_trials_with_and_without_a_conditional_setting_are_one_study() -> None:
 
     study = study_of(space, rows)
 
-    assert [trial.user_attrs["number"] for trial in study.trials] == list(range(1, 12))
-    assert {len(trial.params) for trial in study.trials} == {2, 3}
+    assert [trial.number for trial in study.trials] == list(range(12))
+    assert study.trials[0].state == TrialState.FAIL
+    assert {len(trial.params) for trial in study.trials[1:]} == {2, 3}
     view = search_view(space, rows)
     assert [figure["reason"] for figure in view["figures"]] == ["", "", ""]
     assert all("evaluate.lr" in figure["html"] for figure in view["figures"][1:])
@@ -77,25 +85,63 @@ def test_trials_with_and_without_a_conditional_setting_are_one_study() -> None:
 
 
 @pytest.mark.parametrize("params", [{"lr": 99.0}, {"num": 0}, {"layers": [3]}, {"more": 1}])
-def test_a_trial_outside_the_ranges_is_left_out_and_said(
+def test_a_trial_outside_the_ranges_holds_its_number_alone_and_is_said(
     params: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         study = study_of(SPACE, [row(0, **params), row(1)])
 
-    assert [trial.user_attrs["number"] for trial in study.trials] == [1]
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert [(trial.number, trial.user_attrs["number"]) for trial in study.trials] == [(0, 0), (1, 1)]
+    assert study.trials[0].user_attrs["outside the ranges"].items() >= params.items()
+    assert not study.trials[0].params
     assert "trial 0 lies outside" in caplog.text
 
 
 def test_the_journal_is_written_anew_and_optuna_reads_it(tmp_path: Path) -> None:
-    path = tmp_path / "study.journal"
-    write_study(path, SPACE, [row(0), row(1), row(2)])
-    write_study(path, SPACE, [row(0), row(1, val=0.8)])
+    write_study(tmp_path, "dm-digits", SPACE, [row(0), row(1), row(2)])
+    write_study(tmp_path, "dm-digits", SPACE, [row(0), row(1, val=0.8)])
 
-    backend = optuna.storages.journal.JournalFileBackend(str(path))
-    study = optuna.load_study(study_name=STUDY, storage=optuna.storages.JournalStorage(backend))
+    study = read_journal(tmp_path, "dm-digits")
     assert len(study.trials) == 2
     assert study.best_value == 0.8
     assert [trial.params for trial in study.trials] == [
         t.params for t in study_of(SPACE, [row(0), row(1)]).trials
     ]
+
+
+def test_a_trial_has_its_number_whatever_ends_first(tmp_path: Path) -> None:
+    """The preset is running while the sampler proposes others; a resumed search lacks a row."""
+    storage = write_study(tmp_path, "dm-digits", SPACE, [])
+    study = optuna.load_study(study_name="dm-digits", storage=storage)
+    hold_numbers(study, 1)
+    suggested = study.ask()
+    study.tell(suggested, 0.7)
+    add_row(study, SPACE, row(0, val=0.4, stopped=True))
+    add_row(study, SPACE, row(3, val=0.9))
+
+    trials = read_journal(tmp_path, "dm-digits").trials
+    assert suggested.number == 1
+    assert [trial.state.name for trial in trials] == ["PRUNED", "COMPLETE", "RUNNING", "COMPLETE"]
+    assert trials[0].params == study_of(SPACE, [row(0)]).trials[0].params
+    assert trials[0].intermediate_values == {5: 0.2, 20: 0.4}
+    assert trials[0].user_attrs == {"number": 0}
+    assert trials[3].value == 0.9
+
+
+def test_the_study_has_real_times_and_a_named_axis(tmp_path: Path) -> None:
+    events = [
+        {"event": "start", "key": "0", "epoch": 1, "time": 1000.0},
+        {"event": "finish", "key": "0", "epoch": 1, "time": 1060.5},
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    one = row(0)
+    one = one.model_copy(update={"wall_s": 60.0, "result": {**one.result, "objective": "val_accuracy"}})
+
+    write_study(tmp_path, "dm-digits", SPACE, [one])
+
+    study = read_journal(tmp_path, "dm-digits")
+    assert study.metric_names == ["val accuracy (fraction)"]
+    (trial,) = study.trials
+    assert trial.datetime_complete == datetime.fromtimestamp(1060.5)
+    assert trial.duration == timedelta(seconds=60)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddray.config import Config
 from ddray.distillation.method import DistillContext, Distiller, MethodConfig, Target
 from ddray.methods.families.factory import Coupling, PoolSpecs, Selected, make_method
-from ddray.pool.spec import PoolSpec, supervised_specs
+from ddray.pool.spec import PoolSpec, features_spec, supervised_specs
 
 log = logging.getLogger(__name__)
 Choose = Callable[[DistillContext, Any], tuple[Tensor, Tensor]]
@@ -115,11 +115,12 @@ def pool_features(ctx: DistillContext, epochs: int = 20) -> Tensor:
 
 
 def feature_specs(ctx: DistillContext, epochs: int = 20) -> list[PoolSpec]:
-    """Return the spec of the one feature network, trained on the split that is distilled."""
+    """Return the spec of the features of one network, which is trained on the split that is distilled."""
     recipe, device = {"epochs": epochs}, ctx.device.type
-    return supervised_specs(
+    (network,) = supervised_specs(
         ctx.dataset, split=ctx.split_name, arch=ctx.arch, device=device, recipe=recipe, seed=ctx.seed, num=1
     )
+    return [features_spec(network)]
 
 
 def per_class(labels: Tensor, num_classes: int, ipc: int, choose: Callable[[Tensor], Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddray.config import Config
 from ddray.data import search_rows
 from ddray.distillation.method import DistillContext
-from ddray.pool.spec import PoolEntry, PoolSpec, supervised_specs
+from ddray.pool.spec import PoolSpec, features_spec, supervised_specs
 from ddray.system.transfer import to_device
 
 
@@ -67,14 +67,14 @@ class StoredFeatures:
         return to_device(features.index_select(0, rows if self.rows is None else self.rows[rows]), device)
 
 
-def stored_features(ctx: DistillContext, entries: Sequence[PoolEntry]) -> StoredFeatures | None:
-    """Return the pool's features of the context's real images; None if any are missing or it is empty.
+def stored_features(ctx: DistillContext, networks: Sequence[PoolSpec]) -> StoredFeatures | None:
+    """Return networks' features of the context's real images, from the pool; None without networks.
 
     On a GPU, if they take at most half of its free memory.
     """
     whole = ctx.split_name == "train"
-    features = [entry.tensors["features"] for entry in entries if "features" in entry.tensors]
-    if not features or len(features) < len(entries) or (whole and len(features[0]) != len(ctx.whole)):
+    features = [entry.tensors["features"] for entry in ctx.pool.get(list(map(features_spec, networks)))]
+    if not features:
         return None
     rows = search_rows(ctx.whole, seed=ctx.search_seed) if whole else None
     if ctx.shard is not None:  # no more than its own images' are needed

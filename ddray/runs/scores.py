@@ -1,0 +1,57 @@
+"""scores.jsonl: what `ddray evaluate` measured of a run's sets, one line per evaluation."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from ddray.errors import StorageError
+from ddray.system.files import append_line, file_sha256, home, read_json_lines, write_text
+
+log = logging.getLogger(__name__)
+_FILE: Final = "scores.jsonl"
+_DEPTH: Final = 2  # a set lies in its run's folder, or in a folder of that
+
+
+def append_score(folder: Path, score: Mapping[str, Any]) -> None:
+    """Append an evaluation to the record of the run in `folder`; lines of several processes don't mix.
+
+    A score has the keys `artifact` (the set's file name), `artifact_sha256`, `method`, `dataset`, `ipc`,
+    `protocol`, `split`, `recipe` (of protocol `soft`, else None), `options` (those that are not at their
+    default), `results` (as `ddray evaluate --json` has them), `command` (the words that were typed) and
+    `time` (ISO 8601, UTC).
+
+    Raises:
+        StorageError: the line can't be written.
+    """
+    append_line(folder / _FILE, json.dumps(dict(score)))
+
+
+def read_scores(folder: Path) -> list[dict[str, Any]]:
+    """Return the evaluations on record for the run in `folder`, in order; a torn line is left out."""
+    return read_json_lines(folder / _FILE)
+
+
+def remember_run(artifact: Path, folder: Path) -> None:
+    """Note which run wrote a set outside its folder (`--out`): `run_of` finds it by the file's content."""
+    try:
+        write_text(_note(file_sha256(artifact)), str(folder))
+    except StorageError as error:  # costs no set
+        log.warning("evaluations of %s will not be in its run's record: %s", artifact, error)
+
+
+def run_of(artifact: Path, sha256: str) -> Path | None:
+    """Return the folder of the run that wrote a set's file; None if it lies in none and none has noted it."""
+    note = _note(sha256)
+    noted = [Path(note.read_text(encoding="utf-8"))] if note.is_file() else []
+    folders = (*artifact.absolute().parents[:_DEPTH], *noted)
+    return next((folder for folder in folders if _is_run(folder)), None)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "ledger").is_dir()
+
+
+def _note(sha256: str) -> Path:
+    return home() / "sets" / sha256

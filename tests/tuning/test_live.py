@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ddray.tuning import live as module
+from ddray.tuning.live import LiveTable
+
+
+def drawn(live: LiveTable) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(live._table())
+    return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def report(folder: Path, number: int, done: int) -> None:
+    fields = {"title": "dm on digits", "done": done, "total": 90, "note": "loss 0.5, 0.1 s/step"}
+    (folder / f"{number}.json").write_text(json.dumps(fields))
+
+
+def test_a_running_trial_is_a_row_that_moves_until_it_has_ended(tmp_path: Path) -> None:
+    live = LiveTable(4, 0, tmp_path)
+    live.update(1, {"lr": 0.5}, "running", {})
+    before = drawn(live)
+    report(tmp_path, 1, 12)
+    during = drawn(live)
+    live.update(1, {"lr": 0.5}, "done", {"score": 0.25})
+    after = drawn(live)
+    assert "running" in before
+    assert "lr=0.5" in before
+    assert "dm on digits 12/90 loss 0.5, 0.1 s/step" in during
+    assert "12/90" not in after
+    assert "25.0" in after
+    assert "1/4" in after
+
+
+def test_a_trial_that_is_tried_again_keeps_its_rungs(tmp_path: Path) -> None:
+    live = LiveTable(4, 0, tmp_path)
+    live.update(1, {}, "running", {"score": 0.125, "rungs": {"1": 0.125}})
+    live.update(1, {}, "running", {})
+    assert "12.5" in drawn(live)
+
+
+def test_the_eta_counts_what_running_trials_have_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four trials are half done after 30 s: that is one trial's work, and three are left."""
+    clock = iter([0.0, 30.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 30.0))
+    live = LiveTable(4, 0, tmp_path)
+    for number in (1, 2):
+        live.update(number, {}, "running", {})
+        report(tmp_path, number, 45)
+    assert "0/4, ETA 0:01:30" in drawn(live)
