@@ -1,4 +1,4 @@
-# make demo | test | slow | bench | browser | check | reports | gpu | clean. Needs Python >= 3.11 and make; everything else goes into .venv.
+# make demo | test | slow | bench | browser | check | docs | reports | gpu | clean. Needs Python >= 3.11 and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,7 +8,7 @@ DEMO_ARGS ?= --steps 90 --set evaluate.epochs=100 --set evaluate.seeds=3
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench browser check reports gpu gpu-wheels clean
+.PHONY: help demo test slow bench browser check docs reports gpu gpu-wheels clean
 
 help:
 	@echo "make demo    install, tune DataDAM on the embedded digits, show where pictures and table are"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench   run the benchmarks, which compare two builds of one thing in one run"
 	@echo "make browser test the report in chromium (needs chromium and chromedriver)"
 	@echo "make check   install with the dev extra, run ruff, mypy and import-linter"
+	@echo "make docs    build README and docs/ as a site, build/site/index.html"
 	@echo "make reports measure what reports/ holds (about an hour on two cores)"
 	@echo "make gpu     measure on this machine's GPU what only a GPU can show (at most 11 minutes; docs/gpu.md)"
 	@echo "make clean   remove caches and build output (.venv and runs/ stay)"
@@ -32,6 +33,7 @@ $(VENV)/.installed-run: EXTRA :=
 $(VENV)/.installed-test: EXTRA := [test]
 $(VENV)/.installed-dev: EXTRA := [dev]
 $(VENV)/.installed-browser: EXTRA := [browser]
+$(VENV)/.installed-docs: EXTRA := [docs]
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRA)'
 	@touch $@
@@ -72,6 +74,13 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports --no-cache
+
+# Pages are linked into one folder, where the links between them are those of the checkout.
+docs: $(VENV)/.installed-docs
+	@rm -rf build/pages && mkdir -p build/pages
+	@for page in README.md CONTRIBUTING.md CHANGELOG.md LICENSE docs reports configs search_spaces; do \
+		ln -s "$(CURDIR)/$$page" build/pages/; done
+	$(PY) -m mkdocs build
 
 # Measures what reports/ holds (hours on 2 cores; CIFAR-10 is looked for in $$DDRAY_DATA).
 reports: $(VENV)/.installed-test

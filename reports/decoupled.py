@@ -199,9 +199,9 @@ def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
         "",
     ]
     scores = {score: partial(percent, name=score) for score in ("hard", "soft")}
+    lines += [*(f"- {line}" for line in verdict(measured)), ""]
     lines += figures_table(measured, {**scores, "also": _measures})
-    lines += ["", *(f"- {line}" for line in verdict(measured)), ""]
-    return [*lines, *environments(measured), ""]
+    return [*lines, "", *(f"- {line}" for line in environments(measured)), ""]
 
 
 def _measures(row: Mapping[str, Any]) -> str:

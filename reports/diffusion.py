@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from readme import HERE, where
-from regenerate import ddray, stamp
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reports.readme import HERE
+from reports.regenerate import ddray, stamp
+from reports.sections import commit, hardware
 
 
 def sweeps() -> dict[str, Any]:
@@ -142,14 +143,17 @@ PARTS = {f.__name__: f for f in (sweeps, selection, inversion, speed)}
 
 def render(parts: dict[str, Any]) -> str:
     """Return d3hr.md."""
+    machines = " | ".join(sorted({hardware(part) for part in parts.values()}))
     lines = ["# D3HR, measured", "", "Written by `python reports/diffusion.py`; do not edit.", ""]
+    lines += [f"Measured on {machines}.", ""]
     if part := parts.get("sweeps"):
         lines += ["## Candidates and weights on digits, ipc 10 (one inversion for all trials)", ""]
         lines += ["| setting | val % |", "|---|---|"]
         for name in ("m", "lambda"):
             for trial in part[name]["trials"]:
-                lines += [f"| `{json.dumps(trial['params'])}` | {100 * trial['val_accuracy']:.2f} |"]
-        lines += ["", f"{where(part)} `{part['m']['command']}`.", ""]
+                setting = ", ".join(f"`{key}={value:g}`" for key, value in trial["params"].items())
+                lines += [f"| {setting} | {100 * trial['val_accuracy']:.2f} |"]
+        lines += ["", f"`{part['m']['command']}`. Measured at {commit(part)}.", ""]
     if part := parts.get("selection"):
         lines += [
             f"## What the score selects by (D={part['dim']}, ipc {part['ipc']}, m={part['num_candidates']})",
@@ -160,7 +164,7 @@ def render(parts: dict[str, Any]) -> str:
         for name, term in part["terms"].items():
             numbers = f"{term['rank_correlation']:.4f} | {term['share_of_total']:.3f} | {term['spread']:.3g}"
             lines += [f"| {name} | {numbers} |"]
-        lines += ["", where(part), ""]
+        lines += ["", f"Measured at {commit(part)}.", ""]
     if part := parts.get("inversion"):
         lines += [
             "## Inversion and back on the digits' generator",
@@ -176,14 +180,14 @@ def render(parts: dict[str, Any]) -> str:
             seconds = f"{row['seconds_per_image']:.4f} ({row['batch']})"
             how = f"{row['steps']} of {row['of']} | {row['guidance']:g}"
             lines += [f"| {how} | {row['relative_error']:.4f} | {rejected} | {seconds} |"]
-        lines += ["", where(part), ""]
+        lines += ["", f"Measured at {commit(part)}.", ""]
     if part := parts.get("speed"):
         lines += [f"## Group sampling, ipc 10, {part['device']}, {part['threads']} threads", ""]
         lines += ["| D | candidates | seconds | ns per normal draw |", "|---|---|---|---|"]
         for row in part["rows"]:
             numbers = f"{row['seconds']:.2f} | {row['ns_per_draw']:.2f}"
             lines += [f"| {row['dim']} | {row['num_candidates']:,} | {numbers} |"]
-        lines += ["", where(part), ""]
+        lines += ["", f"Measured at {commit(part)}.", ""]
     return "\n".join(lines)
 
 

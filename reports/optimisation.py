@@ -190,9 +190,9 @@ def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
         "on a machine that had other work.",
         "",
     ]
+    lines += [*(f"- {line}" for line in verdict(measured)), ""]
     lines += figures_table(measured, {"accuracy": lambda row: percent(row, "accuracy"), "also": _along})
-    lines += ["", *(f"- {line}" for line in verdict(measured)), ""]
-    return [*lines, *environments(measured), ""]
+    return [*lines, "", *(f"- {line}" for line in environments(measured)), ""]
 
 
 def _along(row: Mapping[str, Any]) -> str:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import tables
-from readme import HERE, write_readme
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from reports import tables
+from reports.readme import HERE, write_readme
 
 Methods = dict[str, tuple[str, ...]]
 DIGITS = ("random", "class_mean", "herding", "kcenter", "kmeans", "mmd_pixel", "dm", "datadam")
@@ -212,11 +212,11 @@ PARTS = {
     "benchmarks_dsdm": lambda: benchmarks("slow and not gpu", "-k", "d_by_d"),
     "benchmarks_pool": lambda: benchmarks("slow and not gpu", "-k", "pool"),
     "leaderboard": lambda: bench("leaderboard", "cpu"),
-    "ablation": lambda: tables.measure(ddray, tables.ABLATION),
+    "ablation": lambda: tables.measure(ddray, "ablation"),
     "speech": lambda: tables.speech(ddray),
-    "ssdd": lambda: tables.measure(ddray, tables.SSDD),
+    "ssdd": lambda: tables.measure(ddray, "ssdd"),
     "ssdd_cifar100": lambda: tables.cifar100_part(ddray),
-    "diffusion_table": lambda: tables.measure(ddray, tables.DIFFUSION),
+    "diffusion_table": lambda: tables.measure(ddray, "diffusion_table"),
     "diffusion_mnist": lambda: tables.mnist_part(ddray),
     "imagenette": lambda: tables.imagenette(ddray),
     "scaling": lambda: cluster("scaling"),

@@ -1,4 +1,4 @@
-"""ddray as a library: `import ddray`, sets as torch datasets, pictures and parquet; the README examples."""
+"""ddray as a library: `import ddray`, sets as torch datasets, pictures and parquet; the pages' examples."""
 
 from __future__ import annotations
 
@@ -349,8 +349,8 @@ class TestExport:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_readmes_runs(tmp_path: Path) -> None:
-    (block,) = blocks("README.md", "library", "python")
+def test_the_pages_runs(tmp_path: Path) -> None:
+    (block,) = blocks("docs/python.md", "library", "python")
     assert "kcenter" in python(block, tmp_path)
 
 

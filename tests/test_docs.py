@@ -1,4 +1,4 @@
-"""Blocks of README and CONTRIBUTING after `<!-- test -->` run as printed; data.md names tests that exist."""
+"""Blocks of pages after `<!-- test -->` run as printed; links lead somewhere; data.md names tests."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ from ddray.tuning.space import method_space
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_NAME = re.compile(r"`(tests/[\w/]+\.py)::([\w:]+)`")
+RUN = ("README.md", "docs/evaluation.md", "docs/nas.md")
+"""Pages with commands that run in the default suite, each after those before it in one folder."""
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "reports").glob("*.md")],
+    key=lambda path: path.relative_to(ROOT).as_posix(),
+)
 BLOCK = re.compile(r"^<!-- test(?:: (?P<tag>[a-z]+))? -->\n```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
@@ -50,10 +56,12 @@ def run_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_here: None) -
 
 @pytest.mark.ray
 def test_readme_blocks_run(tmp_path: Path, run_block: Callable[[str], None]) -> None:
-    for block in blocks("README.md", None, "bash"):
-        run_block(block)
+    for page in RUN:
+        for block in blocks(page, None, "bash"):
+            run_block(block)
     assert (tmp_path / "runs/first/distilled.pt").is_file()
     assert (tmp_path / "runs/first/distilled.png").is_file()
+    assert (tmp_path / "runs/nas/scatter.png").is_file()
 
 
 @pytest.mark.slow
@@ -152,10 +160,53 @@ def defined_names(path: Path) -> set[str]:
 
 def test_every_line_on_data_names_tests_that_exist() -> None:
     text = (ROOT / "docs/data.md").read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.endswith("| test |")]
+    tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", text, re.M)]
+    lines = [line for head, _, *rows in tables if head.endswith("| test |") for line in rows]
     assert len(lines) > 100
     assert not [line for line in lines if not TEST_NAME.search(line)]
     names = set(TEST_NAME.findall(text))
     assert len(names) == len(set(re.findall(r"tests/[^ `]+::[^ `]+", text))), "each is read whole"
-    defined = {file: defined_names(ROOT / file) for file, _ in names}
+    defined = {file: defined_names(ROOT / file) for file in {file for file, _ in names}}
     assert not sorted(f"{file}::{name}" for file, name in names if name not in defined[file])
+
+
+def prose(page: Path) -> str:
+    """Return a page's text without code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names of a page's headings, as links have them."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def leads_nowhere(page: Path, link: str) -> bool:
+    """Return whether a page or heading that a link names is not there."""
+    target, _, anchor = link.partition("#")
+    path = page.parent / target if target else page
+    return not path.is_file() or bool(anchor and anchor not in anchors(path))
+
+
+def test_links_lead_somewhere() -> None:
+    links = [
+        (page, link)
+        for page in PAGES
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", prose(page)))
+        if "://" not in link
+    ]
+    assert len(links) > 200
+    assert not [f"{page.name}: {link}" for page, link in links if leads_nowhere(page, link)]
+
+
+def test_every_page_is_in_the_sites_navigation() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {page.relative_to(ROOT).as_posix() for page in PAGES}
+    method_pages = {page for page in pages if re.fullmatch(r"docs/methods/(?!README).*", page)}
+    assert len(method_pages) > 30
+    assert set(re.findall(r"[\w/]+\.md$", site, re.M)) == pages - method_pages
+
+
+def test_the_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(re.findall(r"\S*\w\S*", text)) <= 1400, "details belong into docs/"

@@ -37,10 +37,3 @@ def test_a_page_says_what_a_reader_needs(generator: Any) -> None:
         assert word in text
     assert re.search(r"\| `method\.p` \| `4` \| `1` \|", text)
     assert "| ipc 10 | 54.2 +- 0.8 | datadam, Table 3 |" in text
-
-
-def test_links_lead_somewhere() -> None:
-    for path in FOLDER.glob("*.md"):
-        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (path.parent / target).exists(), f"{path.name}: {target}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reports.bars import figure as figure_text
 from reports.scale.lab import environments, opened
 from reports.scale.parts import PARTS
 
@@ -24,22 +25,25 @@ def main() -> None:
 
 
 def page(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
-    """Return the lines of scale.md: a table of the figures with their commands, and the ratios."""
+    """Return the lines of scale.md: the ratios, and a table of the figures with their commands."""
     lines = ["# Measured: one set on many devices, images on the disk, evaluation in parallel", ""]
-    lines += ["Written by `python -m reports.scale`; do not edit. Means +- sample standard deviation.", ""]
+    lines += ["Written by `python -m reports.scale`; do not edit. Means ± sample standard deviation.", ""]
+    ratios = _ratios({key: row["mean"] for key, row in measured.items()})
+    lines += [*(f"- {ratio}" for ratio in ratios), ""]
     lines += ["| part | figure | n | measured | command |", "|---|---|---|---|---|"]
     for (part, figure), row in measured.items():
         cells = (part, figure, str(row["n"]), _numbers(row), f"`{row['command']}`")
         lines.append("| " + " | ".join(cells) + " |")
-    ratios = _ratios({key: row["mean"] for key, row in measured.items()})
-    lines += ["", *(f"- {ratio}" for ratio in ratios), ""]
-    return [*lines, *environments(measured), ""]
+    return [*lines, "", *(f"- {line}" for line in environments(measured)), ""]
 
 
 def _numbers(row: Mapping[str, Any]) -> str:
-    """Return the means, with standard deviations where there are several runs."""
-    stds = {name: f" +- {std:.2g}" for name, std in row["std"].items()}
-    return ", ".join(f"{name} {value:,.4g}{stds.get(name, '')}" for name, value in row["mean"].items())
+    """Return the means, with standard deviations in percent of them where there are several runs."""
+    means = dict(row["mean"])
+    same = {0: "other bytes", 1: "the same bytes"}.get(means.pop("same_bytes", None))
+    stds = {name: f" ± {row['std'][name] / value:.1%}" for name, value in means.items() if name in row["std"]}
+    texts = [f"{figure_text(name, value)}{stds.get(name, '')}" for name, value in means.items()]
+    return ", ".join([*texts, *filter(None, [same])])
 
 
 def summary(measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:

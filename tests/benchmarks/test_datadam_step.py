@@ -129,7 +129,7 @@ def test_step_against_a_per_class_loop(figures: dict[str, Any], num_classes: int
 
 
 def test_cost_grows_linearly(figures: dict[str, Any]) -> None:
-    """Seconds per real image stay within a factor of 1.6 from 10 classes x 32 to 40 x 64 images."""
+    """Bar: seconds per real image stay within a factor of 1.6 from 10 classes x 32 to 40 x 64 images."""
     sizes = ((10, 32), (10, 64), (20, 64), (40, 64))
     seconds = best_of(*(ready(*size)[0].step for size in sizes), rounds=2)
     table = {f"{c}x{b}": step_seconds / (c * b) for (c, b), step_seconds in zip(sizes, seconds, strict=True)}

@@ -1,0 +1,113 @@
+"""reports/README.md: made of the stored parts, for readers; its findings follow from the numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ddray.tables.spec import read_spec
+from reports import bars, findings
+from reports.readme import readme
+from reports.regenerate import PARTS
+from reports.tables import TITLES
+
+REPORTS = Path(__file__).resolve().parents[2] / "reports"
+
+
+def part(name: str) -> dict[str, Any]:
+    return dict(json.loads((REPORTS / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def cell(method: str, accuracy: float, column: str, error: float = 0.01) -> dict[str, Any]:
+    return {"method": method, "accuracy_mean": accuracy, "standard_error": error, "column": column}
+
+
+def test_the_page_is_that_of_the_stored_parts() -> None:
+    parts = {name: part(name) for name in PARTS if (REPORTS / f"{name}.json").exists()}
+    assert len(parts) == len(PARTS)
+    text = (REPORTS / "README.md").read_text(encoding="utf-8")
+    assert readme(parts) == text, "run: python reports/regenerate.py render"
+
+
+def test_the_page_is_for_readers() -> None:
+    pages = {path.name: path.read_text(encoding="utf-8") for path in REPORTS.glob("*.md")}
+    assert {"README.md", "d3hr.md", "optimisation.md", "scale.md"} <= pages.keys()
+    assert not [name for name, text in pages.items() if '{"' in text], "JSON is nothing for a reader"
+    machine = pages["README.md"].partition("measured on ")[2].partition(";")[0]
+    assert machine.endswith(" cores, no GPU")
+    assert pages["README.md"].count(machine) == 1, "hardware once"
+
+
+@pytest.mark.parametrize("name", TITLES)
+def test_a_spec_is_what_was_measured(name: str) -> None:
+    file = REPORTS / "specs" / f"{name}.yaml"
+    assert yaml.safe_load(file.read_text(encoding="utf-8")) == part(name)["spec"]
+    assert read_spec(file).methods
+
+
+def test_every_benchmark_has_its_bar_and_figures_with_units() -> None:
+    stored = [row for name in PARTS if name.startswith("benchmarks") for row in part(name)["rows"]]
+    rows = bars.rows(stored)
+    assert len(rows) > 20
+    assert not [name for name, _, bar, _ in rows if bar == "-"]
+    assert {verdict for *_, verdict in rows} == {"met", "**missed**"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("loop_seconds", 5.3964, "loop 5.4 s"),
+        ("overhead_seconds", 0.00546, "overhead 5.46 ms"),
+        ("loop_seconds_with_our_memory", 2.64, "loop with our memory 2.64 s"),
+        ("times_faster", 2.4856, "2.49 times faster"),
+        ("peak_memory_bytes", 3 * 2**30, "peak memory 3 GiB"),
+        ("images_per_s", 1325.2, "images 1,325 per s"),
+        ("seconds_per_real_image", {"10x32": 0.0009}, "per real image: 10x32 0.9 ms"),
+    ],
+)
+def test_a_figure_has_its_unit(key: str, value: Any, text: str) -> None:
+    assert bars.figure(key, value) == text
+
+
+def test_winners_are_told_with_what_is_as_good_and_with_random_images() -> None:
+    cells = [
+        *(cell("random", 0.5, "ipc 1"), cell("dm", 0.8, "ipc 1"), cell("dsdm", 0.809, "ipc 1")),
+        *(cell("random", 0.9, "ipc 10"), cell("dm", 0.7, "ipc 10"), cell("dsdm", 0.6, "ipc 10")),
+    ]
+    text = findings.winners(cells, lambda each: str(each["column"]))
+    assert text == (
+        "**dsdm** is best at ipc 1 (80.9 %, 1 other within its error, random 50.0); "
+        "**random** is best at ipc 10 (90.0 %)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("gain", "end"), [(0.01, "no improvement is shown."), (0.05, "more than the spread.")]
+)
+def test_a_search_gains_nothing_within_its_spread(gain: float, end: str) -> None:
+    preset = {"test_accuracy_mean": 0.8, "test_accuracy_std": 0.02}
+    result = {
+        "num_trials": 8,
+        "paper_point": preset,
+        "test_accuracy_mean": 0.8 + gain,
+        "test_accuracy_std": 0.01,
+    }
+    assert findings.search({"result": result}).endswith(end)
+
+
+def test_a_ranking_says_which_proxies_say_nothing() -> None:
+    def row(proxy: str, spearman: float, low: float, high: float, images: int) -> dict[str, Any]:
+        interval = {"spearman": spearman, "spearman_ci95": [low, high]}
+        return {"proxy": f"{proxy}.pt", "storage_images": images, **interval}
+
+    alone = [row("a", 0.9, 0.8, 0.95, 100), row("b", 0.2, -0.1, 0.5, 10)]
+    assert findings.ranking({"result": {"proxies": alone}}) == (
+        "a leads with Spearman 0.90 [0.80, 0.95]; 1 of all 2 include 0. "
+        "At most 0.20 with 10 images and 0.90 with 100 images."
+    )
+    near = [*alone, row("c", 0.85, 0.7, 0.9, 100)]
+    assert findings.ranking({"result": {"proxies": near}}).startswith("No proxy is clearly best: a leads")
