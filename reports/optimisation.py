@@ -77,11 +77,8 @@ PARTS: Final[Mapping[str, Mapping[str, Figure]]] = {
         "random": Figure(("--method", "random", *_DIGITS), _NETWORKS),
     },
     "dd_digits": {
-        "dd, one network": Figure(  # rate and decay are the best of seven settings on val
-            (
-                *("--method", "dd", *_ONE, "--steps", 3000),
-                *_method("net_init=fixed", "distill_epochs=3", "lr_img=0.02", "decay_every=3000"),
-            ),
+        "dd, one network": Figure(
+            ("--method", "dd", *_ONE, "--steps", 3000, *_method("net_init=fixed", "distill_epochs=3")),
             ("--protocol", "steps", "--seeds", 1),
         ),
         "dd": Figure(("--method", "dd", *_ONE), _STEPS),

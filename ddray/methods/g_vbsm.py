@@ -83,8 +83,7 @@ class GVBSMConfig(MethodConfig):
             "method": {
                 "teacher_archs": ["convnet2_w64_bn", "convnet3_w64_bn", "convnet4_w64_bn", "convnet3_w64"],
                 "teacher_epochs": 10,
-                "padding": 2,
-                "jitter": 4,
+                **{"statistics_weight": 0.1, "padding": 1, "jitter": 2},
             },
         }
     }

@@ -94,6 +94,8 @@ class DcVaeRecipe(Config):
     """Decay of the moving average of the discriminator that embeds the real images."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the moving average of the decoder's weights, which is what is sampled."""
+    statistics_batches: int = Field(default=50, ge=1)
+    """Batches of samples that give its batch norms their statistics, once it is trained."""
 
 
 class GenerativeConfig(MethodConfig):

@@ -20,7 +20,6 @@ from ddray.methods.families.generative.systems import normal, placed
 from ddray.seeding import derive
 
 _SHARE: Final = 0.5  # weight of the samples, and of the reconstructions
-_STATISTICS: Final = 50  # batches of samples that give the decoder's batch norms their statistics
 
 
 class Comparer(nn.Module):
@@ -158,6 +157,7 @@ class ContrastiveAutoencoder(Training):
         generator = derive(self._real.seed, "statistics", device=self._real.device)
         num, dim = 2 * self._recipe.batch, self._recipe.noise_dim
         samples = [
-            (normal(num, dim, generator), self._real.labels_for(num, generator)) for _ in range(_STATISTICS)
+            (normal(num, dim, generator), self._real.labels_for(num, generator))
+            for _ in range(self._recipe.statistics_batches)
         ]
         return folded_state(self._average.net, samples)
