@@ -185,8 +185,8 @@ class DistilledSet:
 
     def space(self) -> PixelSpace:
         """Return the pixel space of the images."""
-        meta = self.meta
-        return PixelSpace(meta.pixel_space, meta.mean, meta.std, *(self.zca.get(name) for name in ZCA))
+        meta, (mean, matrix) = self.meta, map(self.zca.get, ZCA)
+        return PixelSpace(meta.pixel_space, meta.mean, meta.std, zca_mean=mean, zca_matrix=matrix)
 
     def generated(self, ipc: int | None = None, device: torch.device | str = "cpu") -> DistilledSet:
         """Return this set with images: sampled if it stores statistics, otherwise the set itself.

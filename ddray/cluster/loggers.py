@@ -55,7 +55,9 @@ class Boards(TBXLoggerCallback):
         if trial not in self._trial_writer:
             self.log_trial_start(trial)
         writer, step = self._trial_writer[trial], int(result.get("step", 0))
-        scalars = {name: result[name] for name in (ACCURACY_PERCENT, "loss") if name in result}
+        scalars: dict[str, Any] = {
+            name: result[name] for name in (ACCURACY_PERCENT, "loss") if name in result
+        }
         if ACCURACY_PERCENT not in result:
             scalars[self._objective] = result[METRIC]
         for name, value in scalars.items():

@@ -230,13 +230,13 @@ def shard_context(
     dataset = replace(plan.dataset, load_train=_no_more, load_test=_no_more)
     dataset.__dict__["fingerprint"] = fingerprint
     plan = replace(plan, dataset=dataset)
-    kind, zca = plan.config.pixel_space, {name: torch.tensor(part) for name, part in prepared.zca.items()}
+    zca: dict[str, Any] = {name: torch.tensor(part) for name, part in prepared.zca.items()}
     ctx = make_context(
         plan,
         split,
         split_name=str(split_name),
         device=worker_device(device),
-        space=PixelSpace(kind, dataset.mean, dataset.std, **zca),
+        space=PixelSpace(plan.config.pixel_space, dataset.mean, dataset.std, **zca),
         pool=LocalPool(_no_more),
         shard=shard,
     )
@@ -286,7 +286,7 @@ def joined(ledger: Ledger, units: Sequence[Unit], wall_s: float, *, takes_steps:
 def _part(result: Mapping[str, Any], path: Path) -> Distillation:
     """Return a shard's distillation from its row's result and its file."""
     losses = json.loads(path.with_suffix(".json").read_text("utf-8"))
-    names = ("seconds", "peak_memory_bytes", "precision")
+    measured: dict[str, Any] = {n: result.get(n) for n in ("seconds", "peak_memory_bytes", "precision")}
     return Distillation(
         distilled=load(path),
         losses=torch.tensor(losses, dtype=torch.float64),
@@ -296,7 +296,7 @@ def _part(result: Mapping[str, Any], path: Path) -> Distillation:
         pool_s=result["pool_s"],
         measures=result["measures"],
         half_memory_budget=bool(result.get("half_memory_budget")),
-        **{name: result.get(name) for name in names},
+        **measured,
     )
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -118,11 +118,9 @@ class PoolTrainer:
         split, unseen = self._parts(spec)
         (entry,) = LocalPool(self).get([PoolSpec.parse(spec.recipe["network"])])
         measured = {"dataset_name": self.dataset.name}
-        if (
-            features := entry.tensors.get("features")
-        ) is not None:  # of before they were entries of their own
-            return {"features": features}, measured
-        net = entry.module().to(self.device).to(memory_format=torch.channels_last)
+        if "features" in entry.tensors:  # of before they were entries of their own
+            return {"features": entry.tensors["features"]}, measured
+        net = cast(Net, entry.module()).to(self.device).to(memory_format=torch.channels_last)
         encode, others = normalized_space(self.dataset).encode, None if unseen is None else unseen.images
         features = embed_images(net, split.images, encode, self.device, more_images=others)
         return {"features": features}, measured

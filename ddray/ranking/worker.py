@@ -203,7 +203,9 @@ class Workbench:
 
 
 def _pixel_space(space: Mapping[str, Any]) -> PixelSpace:
-    zca = {name: torch.tensor(space[name]) for name in ("zca_mean", "zca_matrix") if name in space}
+    zca: dict[str, Any] = {
+        name: torch.tensor(space[name]) for name in ("zca_mean", "zca_matrix") if name in space
+    }
     return PixelSpace(space["kind"], tuple(space["mean"]), tuple(space["std"]), **zca)
 
 

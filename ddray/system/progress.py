@@ -226,7 +226,7 @@ class _Board:
 
         table, now = Table.grid(padding=(0, 1)), time.monotonic()
         for justify in ("left", "left", "right", "right", "left"):
-            table.add_column(justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            table.add_column(justify=justify, no_wrap=True)
         for depth, row in self._visible(now):
             bar = ProgressBar(row.total, row.done, width=20) if row.total else self._spinner
             elapsed = str(timedelta(seconds=int(now - row.begin))) if row in self._rows else ""
