@@ -14,7 +14,7 @@ from ddray.system.options import DataFolder
 if TYPE_CHECKING:
     from ddray.data import Dataset
 
-_PAPER: Final = re.compile(r"[( ]([A-Z][\w-]+(?: et al\.| & [A-Z]\w+),? (?:[A-Z][\w ]*?)?(?:19|20)\d\d)")
+_PAPER: Final = re.compile(r"[( ]([A-Z][\w-]+(?: et al\.| & [A-Z]\w+)?,? (?:[A-Z][\w ]*?)?(?:19|20)\d\d)")
 _BRACKETS: Final = re.compile(r" \([^()]*\)")
 _START: Final = 400  # characters of a description in which the paper is named
 
