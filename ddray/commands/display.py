@@ -164,17 +164,18 @@ def methods_table(result: MethodList) -> Any:
 
     right: dict[str, Any] = {"justify": "right", "no_wrap": True}
     headers = (
-        *(Column("method", no_wrap=True), Column("what it is", ratio=3), Column("paper", ratio=2)),
-        *("protocol", Column("steps", **right), Column("networks", **right), Column("time here", **right)),
+        *(Column("method", no_wrap=True), "what it is, paper", Column("protocol", no_wrap=True)),
+        *(Column(name, **right) for name in ("steps", "networks", "time here")),
     )
     title = f"methods, with the cost of their presets on {result.dataset}, ipc {result.ipc}"
     caption = (
-        "networks: trained before, once for all runs (missing: not in the pool yet); time here: of the "
-        "steps, by past runs on this machine. ddray methods NAME shows settings."
+        "networks: trained before, once for all runs (new: not in the pool yet); time here: of the "
+        "steps, by past runs on this machine, if there are any. ddray methods NAME shows settings."
     )
     table = Table(*headers, title=title, caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for line in result.methods:
-        table.add_row(*(line.name, line.summary, line.paper or "-", line.protocol), *_method_costs(line))
+        what = f"{line.summary.rstrip('.')} ({line.paper})" if line.paper else line.summary
+        table.add_row(line.name, what, line.protocol, *_method_costs(line))
     return table
 
 
@@ -182,9 +183,10 @@ def _method_costs(line: MethodLine) -> tuple[str, str, str]:
     """Return steps, networks (of which missing) and time of a method."""
     if line.steps is None:
         return ("-", "-", "-")
-    missing = f" ({line.networks_missing} missing)" if line.networks_missing else ""
-    networks = "?" if line.networks is None else f"{line.networks}{missing}"
-    return f"{line.steps:,}", networks, _duration(line.estimate_s)
+    num, missing = line.networks, line.networks_missing
+    new = "" if not missing else " new" if missing == num else f", {missing} new"
+    networks = "?" if num is None else f"{num}{new}"
+    return f"{line.steps:,}", networks, "-" if line.estimate_s is None else _duration(line.estimate_s)
 
 
 def method_tables(page: MethodPage, dataset: str, ipc: int, size: int) -> list[Any]:

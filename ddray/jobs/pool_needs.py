@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,9 @@ def predict_pool_specs(
     stand_in_plan = replace(plan, dataset=stand_in, config=config, ipc=1)
     space = PixelSpace("normalized", plan.dataset.mean, plan.dataset.std)
     specs: Sequence[PoolSpec] = ()
+    logger = logging.getLogger("ddray")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what the stand-in is warned of says nothing about the run
     try:
         ctx = make_context(
             stand_in_plan, split, split_name=split_name, device=torch.device("cpu"), space=space
@@ -71,6 +75,8 @@ def predict_pool_specs(
         specs = request.specs
     except Exception:  # a method may need real images before it asks
         return None
+    finally:
+        logger.setLevel(level)
     return tuple(spec.model_copy(update={"device": device}) for spec in specs)
 
 
