@@ -273,7 +273,7 @@ def bench_tables(result: BenchResult) -> list[Any]:
     fixed = [
         column
         for column in columns[1:]
-        if column.kind != "number" and len({column.text_of(cell) for cell in cells}) == 1
+        if column.kind in ("name", "setting") and len({column.text_of(cell) for cell in cells}) == 1
         if column.name != "generator"
     ]
     varied = [column for column in columns if column not in fixed]

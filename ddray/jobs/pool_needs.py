@@ -77,7 +77,21 @@ def predict_pool_specs(
         return None
     finally:
         logger.setLevel(level)
-    return tuple(spec.model_copy(update={"device": device}) for spec in specs)
+    return tuple(_on(spec, device) for spec in specs)
+
+
+def _on(spec: PoolSpec, device: str) -> PoolSpec:
+    """Return the spec of an entry that is made on another kind of device, as is the network below it."""
+    if (network := _network_of(spec)) is None:
+        return spec.model_copy(update={"device": device})
+    recipe = {**spec.recipe, "network": _on(network, device).dump()}
+    return spec.model_copy(update={"device": device, "recipe": recipe})
+
+
+def _network_of(spec: PoolSpec) -> PoolSpec | None:
+    """Return the spec of the network that an entry is made with, if it is one of its own."""
+    network = spec.recipe.get("network")
+    return None if network is None else PoolSpec.parse(network)
 
 
 class StoredEntries:
@@ -100,10 +114,18 @@ class StoredEntries:
         return _identity(spec.dump(), dataset) in self._identities
 
     def seconds(self, spec: PoolSpec, dataset: str) -> float | None:
-        """Return what an entry's training should take, from those of its kind by epoch; None without any."""
+        """Return what an entry's training should take, from those of its kind by epoch; None without any.
+
+        With the training of the network below it, if that is not there.
+        """
         values = spec.dump()
-        rates = self._seconds.get(_kind(values, dataset))
-        return None if rates is None else statistics.median(rates) * _epochs(values)
+        if (rates := self._seconds.get(_kind(values, dataset))) is None:
+            return None
+        seconds, network = statistics.median(rates) * _epochs(values), _network_of(spec)
+        if network is None or self.has(network, dataset):
+            return seconds
+        below = self.seconds(network, dataset)
+        return None if below is None else below + seconds
 
 
 def _epochs(spec: Mapping[str, Any]) -> float:
@@ -117,4 +139,6 @@ def _kind(spec: Mapping[str, Any], dataset: str) -> tuple[str, ...]:
 def _identity(spec: Mapping[str, Any], dataset: str) -> str:
     """Return a spec as text, with the dataset's name in place of its fingerprint."""
     values = {name: value for name, value in spec.items() if name not in ("dataset", "parents")}
+    if network := spec["recipe"].get("network"):
+        values["recipe"] = {**spec["recipe"], "network": _identity(network, dataset)}
     return canonical_json({**values, "dataset": DatasetRef.parse(dataset).base})

@@ -20,6 +20,7 @@ _FIRST: Final = ("method", "accuracy_mean")
 _PLACE: Final = ("dataset", "target", "size")
 _CONDITIONS: Final = ("arch", "teacher", "augment", "settings", "generator")
 """What may tell two columns of one dataset and size apart."""
+_ALIKE: Final = ("method", *_CONDITIONS)
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,18 @@ class Matrix:
         ]
 
 
+def of_most_sets(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the cells without those of a method that has one of more sets under the same conditions.
+
+    One of a table's sets may have been scored again by `ddray evaluate`.
+    """
+    alike = grouped(entries, lambda entry: (*_place(entry), *(_text(entry, name) for name in _ALIKE)))
+    return [max(group, key=lambda entry: int(entry.get("num_sets") or 0)) for group in alike.values()]
+
+
 def matrix_of(entries: Sequence[Entry]) -> Matrix:
     """Return the matrix of one protocol's cells; those without an accuracy are left out."""
-    entries = [entry for entry in entries if entry.get("accuracy_mean") is not None]
+    entries = of_most_sets([entry for entry in entries if entry.get("accuracy_mean") is not None])
     places = grouped(entries, _place)
     telling = [name for name in _CONDITIONS if any(_varies(group, name) for group in places.values())]
     varying = [name for name in _PLACE if _varies(entries, name)]

@@ -56,7 +56,8 @@ def of_cells(cells: Sequence[Entry], title: str) -> str:
 def _scored(cell: Entry, beside: str) -> str:
     """Return a cell's score, such as `dm on digits, ipc 1: 71.2 % (convnet3)`; `hard` is not named."""
     where = f"{cell['method']} on {group_of(cell)}".removesuffix(", hard")
-    return f"{where}: {percent_short(cell['accuracy_mean'])} % ({beside})"
+    cut = f"; cut: {cell['cut']}" if cell.get("cut") else ""
+    return f"{where}: {percent_short(cell['accuracy_mean'])} % ({beside}{cut})"
 
 
 def _of_search(run: RunView) -> str:

@@ -22,7 +22,7 @@ from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
 from ddray.ranking.report import scatter_plot
 from ddray.report import charts, figures
-from ddray.report.board import matrix_of, table_of
+from ddray.report.board import matrix_of, of_most_sets, table_of
 from ddray.report.costs import unit_costs
 from ddray.report.headline import headline, of_cells
 from ddray.report.plane import make_plane, under_networks
@@ -154,15 +154,16 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
 
         protocol_cells.sort(key=sort_key)
         entries = [_with_sets(cell, sets) for cell in protocol_cells]
+        compared = of_most_sets(entries)
         yield {
             "protocol": protocol,
             "matrix": matrix_of(entries),
             **table_of(entries),
             "generators": "; ".join(generators_of(entries)),
-            "anomalies": anomalies(entries),
+            "anomalies": anomalies(compared),
             "plots": [
                 {"title": name, "html": figures.accuracy_bars(group)}
-                for name, group in grouped(protocol_cells, group_of).items()
+                for name, group in grouped(compared, group_of).items()
                 if len(group) > 1
             ],
         }

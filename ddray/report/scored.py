@@ -40,6 +40,7 @@ def score_cells(
                 "num_sets": 1,
                 "standard_error": standard_error([result["per_seed"]]),
                 "sets": keys,
+                **_departure(sets, keys),
             }
             if score["dataset"] != cell["dataset"]:
                 cell["target"] = score["dataset"]
@@ -47,6 +48,12 @@ def score_cells(
                 cell
             )
     return list(scored.values())
+
+
+def _departure(sets: Mapping[str, Row], keys: Sequence[str]) -> dict[str, Any]:
+    """Return what a set's run changed of its preset, `cut` and `overridden`, as its row has it."""
+    results = [sets[key].result for key in keys if key in sets]
+    return {name: result[name] for result in results[:1] for name in ("cut", "overridden") if name in result}
 
 
 def _conditions(score: Mapping[str, Any]) -> dict[str, str]:

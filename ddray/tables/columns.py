@@ -17,13 +17,14 @@ class Column:
     """One column.
 
     `format` gets a cell that has a value, with what `_flat` adds; without it, the value is shown as is. The
-    kind `name` tells what a row is, `setting` how it was evaluated, `number` what came out.
+    kind `name` tells what a row is, `setting` how it was evaluated, `number` what came out, and `remark` what
+    to mind.
     """
 
     header: str  # its title for people
     name: str  # of its value, by which people sort, in a cell or in what `_flat` adds to it
     format: Callable[[Entry], str] | None = None  # the value as people read it
-    kind: Literal["name", "setting", "number"] = "number"
+    kind: Literal["name", "setting", "number", "remark"] = "number"
     csv: tuple[str, ...] = ()  # names of its values in table.csv; what no column has follows by name
     note: Callable[[Entry], str] | None = None  # where the value is from
 
@@ -104,9 +105,9 @@ _COLUMNS: Final = (
     ),
     _figure("difference", "difference", lambda value: f"{100 * value:+.2f}", csv=True),
     _figure("difference_se", "in SE", "{:+.1f}".format, csv=True),
-    Column("cut", "cut", csv=("cut",)),
-    Column("overridden", "overridden", csv=("overridden",)),
-    Column("differs", "differs", csv=("differs",)),
+    Column("cut", "cut", kind="remark", csv=("cut",)),
+    Column("overridden", "overridden", kind="remark", csv=("overridden",)),
+    Column("differs", "differs", kind="remark", csv=("differs",)),
 )
 
 
@@ -146,7 +147,7 @@ MEASURED: Final = (
 
 def name_columns() -> list[str]:
     """Return the columns of table.csv that tell what a row is and how it was evaluated."""
-    return [name for column in _COLUMNS if column.kind != "number" for name in column.csv]
+    return [name for column in _COLUMNS if column.kind in ("name", "setting") for name in column.csv]
 
 
 def columns_of(entries: Iterable[Entry]) -> list[Column]:

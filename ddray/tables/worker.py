@@ -320,15 +320,14 @@ def _evaluate(job: BenchJob, unit: BenchUnit) -> dict[str, Any]:
     dataset, device = _opened(options.dataset or unit.dataset, job.data_dir), worker_device(job.device)
     if unit.is_whole:
         sets, path = [_whole_set(job, unit)], Path("all real images")
-        result = scoring.score_sets(path, sets, dataset, options, device=device)
     else:
         source = unit.identity.inputs[0]
         set_row = Ledger(job.run_dir).row(source)
         if set_row is None or not is_sound(job.run_dir, set_row):
             raise _MissingError(Damaged())
         path = job.run_dir / artifact_name(source, unit.step)
-        result = scoring.evaluate(path, options, device=device, dataset=dataset)
-    values = result.dump()
+        sets, dataset = scoring.read_sets(path, options, dataset)
+    values = scoring.score_sets(path, sets, dataset, options, device=device).dump()
     shared_fields = {k: v for k, v in values.items() if k not in ("protocol", "split", "results")}
     return {**values["results"][0], **shared_fields}
 

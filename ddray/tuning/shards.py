@@ -17,7 +17,7 @@ from ddray.runs.ledger import Row, Unit
 from ddray.system.files import copy_atomically, write_text
 from ddray.system.memory import peak_bytes
 from ddray.tuning.payload import Payload
-from ddray.tuning.trial import done_row, failed_row, metrics, read_rungs, rung_steps
+from ddray.tuning.trial import done_row, failed_row, read_rungs, rung_metrics, rung_steps, save_picture
 from ddray.tuning.worker import SearchJob, SearchWorker, shard_checkpoint
 
 
@@ -148,13 +148,15 @@ def run_in_shards(
     scores = _Scores(job, payload, unit)
     try:
         for step, budget in _stops(job, unit.spec["params"]):
+            loss = None
             if budget == last or budget not in scores.rungs:
                 distillation = _distil_trial(workers, job, payload, unit, step)
+                loss = float(distillation.losses[-1]) if len(distillation.losses) else None
                 if budget not in scores.rungs:
                     scores.add(workers, budget, distillation.distilled)
+                    save_picture(job, unit, step, distillation.distilled)
             if budget != last:
-                rung = metrics(job, unit.spec["number"], budget, scores.rungs, failed=False)
-                report({**rung, "step": step})
+                report(rung_metrics(job, unit, budget, scores.rungs, step, loss))
     except DivergedError as error:
         return failed_row(unit, error, scores.rungs, time.perf_counter() - begin)
     costs = {

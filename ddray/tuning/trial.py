@@ -80,8 +80,8 @@ def publish_trial(
             job.forget_checkpoint(unit.key)
     failed, last = row.status == "failed", job.budgets[-1]
     rungs = {last: _WORST} if failed else {int(b): v for b, v in row.result["rungs"].items()}
-    seen = {"step": spec["config"]["steps"], "loss": row.result.get("final_loss")}
-    report({**metrics(job, row.result["number"], last, rungs, failed=failed), **defined(seen)})
+    step, loss = spec["config"]["steps"], row.result.get("final_loss")
+    report(rung_metrics(job, unit, last, rungs, step, loss, failed=failed))
 
 
 def rung_picture(run_dir: str, trial_number: int, step: int) -> Path:
@@ -89,9 +89,9 @@ def rung_picture(run_dir: str, trial_number: int, step: int) -> Path:
     return Path(run_dir) / "rungs" / f"trial-{trial_number:04d}" / f"{step:07d}.png"
 
 
-def defined(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that are not None."""
-    return {name: value for name, value in values.items() if value is not None}
+def save_picture(job: SearchJob, unit: Unit, step: int, distilled: DistilledSet) -> None:
+    """Write the picture of a trial's set at a rung."""
+    save_grid(distilled, rung_picture(job.run_dir, unit.spec["number"], step))
 
 
 def read_rungs(job: SearchJob, unit: Unit) -> tuple[dict[int, float], Path]:
@@ -118,15 +118,14 @@ def _run(worker: SearchWorker, unit: Unit, report: Callable[[dict[str, Any]], No
         if budget not in rungs:
             distilled = distil()
             rungs[budget] = worker.val_score(plan, distilled)
-            save_grid(distilled, rung_picture(job.run_dir, unit.spec["number"], step))
+            save_picture(job, unit, step, distilled)
             write_text(path, json.dumps(rungs))
 
     def score_rung(step: int, loss: float) -> None:
         budget = steps.get(step, job.budgets[-1])
         if budget != job.budgets[-1]:
             score(budget, step, distiller.snapshot)
-            seen = {"step": step, "loss": loss}
-            report({**metrics(job, unit.spec["number"], budget, rungs, failed=False), **defined(seen)})
+            report(rung_metrics(job, unit, budget, rungs, step, loss))
 
     try:
         distillation = run_distillation(
@@ -187,18 +186,30 @@ def trial_result(
     }
 
 
-def metrics(
-    job: SearchJob, trial_number: int, budget: int, rungs: Mapping[int, float], *, failed: bool
+def rung_metrics(
+    job: SearchJob,
+    unit: Unit,
+    budget: int,
+    rungs: Mapping[int, float],
+    step: int,
+    loss: float | None,
+    *,
+    failed: bool = False,
 ) -> dict[str, Any]:
-    """Return the metrics of a rung for Tune's scheduler, and for loggers."""
+    """Return the metrics of a trial's rung for Tune's scheduler, and for loggers.
+
+    `loss` is that of the rung's step, if it is known.
+    """
     score = rungs[max(rungs)]
     percent = {ACCURACY_PERCENT: 100 * score} if job.nas is None and not failed else {}
     return {
         METRIC: score,
         **percent,
+        **({} if loss is None else {"loss": loss}),
+        "step": step,
         "objective": job.objective,
         "budget": budget,
-        "number": trial_number,
+        "number": unit.spec["number"],
         "failed": failed,
         "rungs": {str(b): v for b, v in rungs.items()},
     }

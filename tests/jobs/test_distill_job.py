@@ -36,7 +36,7 @@ class TestDistill:
             *("seconds_per_step", "first_loss", "final_loss", "run_dir", "name", "cut", "overridden"),
             *("seconds", "seconds_with_pool", "peak_memory_bytes", "storage_floats", "size_bytes", "made_of"),
         }
-        assert result["made_of"] == {"images": 10 * 64 * 4, "labels": 10 * 8}
+        assert result["made_of"] == {"images": 10 * 256 * 4, "labels": 10 * 8}
         assert result["size_bytes"] == (tmp_path / "run" / "distilled.pt").stat().st_size
         assert result["artifact"] == str(tmp_path / "run" / "distilled.pt")
         assert (result["method"], result["dataset"], result["ipc"], result["steps"]) == ("dm", "digits", 1, 6)
@@ -66,7 +66,7 @@ class TestDistill:
         first, second = (distill(plan, device=CPU, run_dir=tmp_path / name) for name in "ab")
 
         assert first["whitening_s"] == second["whitening_s"] > 0  # fitted once, for all runs
-        assert first["made_of"]["whitening"] == (64 + 64 * 64) * 4
+        assert first["made_of"]["whitening"] == (256 + 256 * 256) * 4
         (whitening,) = (tmp_path / "a").rglob("whitening-*.pt")
         steps = sorted((tmp_path / "a" / "distilled-steps").glob("*.pt"))
         assert [path.name for path in steps] == ["0000002.pt", "0000004.pt"]

@@ -7,7 +7,7 @@ import csv
 import io
 from typing import Any
 
-from ddray.report.board import matrix_of, table_of
+from ddray.report.board import matrix_of, of_most_sets, table_of
 from ddray.report.headline import of_cells
 
 
@@ -97,3 +97,11 @@ def test_a_title_is_the_best_of_one_column_or_who_leads_most() -> None:
     assert of_cells(columns, "bench mini") == "b leads in 2 of 2 columns (bench mini)"
     assert of_cells([cell("a", None)], "bench mini") == "bench mini"
     assert of_cells([], "2 runs") == "2 runs"
+
+
+def test_a_set_of_a_table_that_was_scored_again_does_not_stand_for_its_row() -> None:
+    table = [cell("a", 0.50), cell("b", 0.60)]
+    again = [cell("a", 0.70, num_sets=1, n=2), cell("a", 0.90, num_sets=1, settings="epochs=9")]
+
+    assert of_most_sets([*table, *again]) == [*table, again[1]]
+    assert marked([*table, again[0]]) == {"b": ["60*"], "a": ["50"]}

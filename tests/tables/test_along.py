@@ -164,9 +164,10 @@ def test_seconds_with_the_pool_count_its_training_in_every_bench(tmp_path: Path)
         run(folder, spec(methods=[row], seeds=1, evaluate=scored))
         (distilled,) = Ledger(folder).rows("distill")
         (key,) = distilled.result["pool"]
-        trained_s = PoolFiles(home() / "pool").describe(key)["wall_s"]
+        entry = PoolFiles(home() / "pool").describe(key)
+        network = PoolFiles(home() / "pool").describe(*entry["spec"]["parents"])
         difference = distilled.result["seconds_with_pool"] - distilled.result["seconds"]
-        assert difference == pytest.approx(trained_s)
+        assert difference == pytest.approx(entry["wall_s"] + network["wall_s"])
     assert Ledger(tmp_path / "second").rows("pool") == []
 
 

@@ -53,6 +53,7 @@ def test_rows_artifacts_and_table(tmp_path: Path) -> None:
     assert [float(line["accuracy_mean"]) for line in lines] == [c["accuracy_mean"] for c in result["cells"]]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
     assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert not (tmp_path / "run" / "scores.jsonl").exists(), "its evaluations are rows"
 
 
 def test_a_finished_bench_resumes_without_work(tmp_path: Path) -> None:

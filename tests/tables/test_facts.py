@@ -246,7 +246,7 @@ def test_generators_stand_in_the_title_and_in_the_rows() -> None:
             "cells": [{**scored, "method": name, "generator": "dit"} for name in ("a", "b")],
         }
     )
-    (table, _) = bench_tables(result)
+    table, *_ = bench_tables(result)
     assert str(table.title).endswith(", generator dit")
     assert "generator" in [column.header for column in table.columns]
     forecast = api.forecast({"name": "t", "dataset": "digits", "ipc": 1, "methods": ["random"]})

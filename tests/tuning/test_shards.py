@@ -80,8 +80,15 @@ def test_a_trial_in_shards_reports_and_publishes_what_one_without_does(
 
     result = sharded_trial(parts, payload, reports)
 
+    losses, expected_losses = ([report.pop("loss") for report in each] for each in (reports, expected))
     assert reports == expected
     assert len(reports) == 3
+    assert losses == pytest.approx(expected_losses)
+    pictures = [
+        sorted(path.name for path in (tmp_path / name).rglob("rungs/*/*.png")) for name in ("whole", "parts")
+    ]
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) == 3
     assert result["rungs"] == row.result["rungs"]
     assert result["final_loss"] == pytest.approx(row.result["final_loss"])
     assert result["shards"] == 3
