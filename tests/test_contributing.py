@@ -88,7 +88,7 @@ def test_contributing_protocol_is_an_option_of_the_command(
 def test_contributing_protocol_has_a_column_in_benches() -> None:
     (evaluation,) = spec(evaluate={"protocol": "nearest", "options": {"sets": ["k=3"]}}).evaluate
     cell = {"method": "dm", "protocol": evaluation.protocol, "agreement": 0.5}
-    assert "agreement" in [column.header for column in columns_of([cell])]
+    assert "agreement %" in [column.header for column in columns_of([cell])]
 
 
 def test_a_module_without_its_ending_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

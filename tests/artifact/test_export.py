@@ -201,9 +201,9 @@ def test_nas_takes_both_as_proxies(toy: Any, planned: Any, tmp_path: Path) -> No
         export_set(distilled, tmp_path / name)
     request = NasRequest.parse({"proxies": [tmp_path / "out", tmp_path / "set.parquet"]})
 
-    paths, sets = _read_proxies(request, dataset)
+    files, sets = _read_proxies(request, dataset)
 
-    assert [path.name for path in paths] == ["out", "set.parquet"]
+    assert [file.path.name for file in files] == ["out", "set.parquet"]
     assert torch.equal(sets[1].images, distilled.images)
     torch.testing.assert_close(sets[0].images.sum(), distilled.images.sum(), atol=1e-2, rtol=1e-4)
 

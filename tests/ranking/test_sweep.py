@@ -393,7 +393,7 @@ def test_a_file_called_as_a_baseline_is(tmp_path: Path, proxies: dict[str, Path]
     )
     data = sweep.data(sweep.tasks(fused=False))
     assert [len(data.sets[proxy.set_name].labels) for proxy in sweep.proxies] == [20, 1293]
-    with pytest.raises(InputError, match="called whole; rename the file"):
+    with pytest.raises(InputError, match="2 are called whole; use --proxy NAME=FILE"):
         rank.prepare(NasRequest(proxies=(path,), baselines=("whole",)), nas_options, config_of(nas_options))
 
 
