@@ -20,7 +20,8 @@ CHANGED_SINCE = (
 )
 OTHER_PAGES = {
     "d3hr.md": "D3HR: candidates and weights, what its score selects by, inversion, group sampling.",
-    "optimisation.md": "KIP against its authors' notebook; DATM and DD beside DM and random images.",
+    "optimisation.md": "KIP against its authors' notebook; MTT, DATM and DD beside DM and random images.",
+    "decoupled.md": "DWA's parts one by one; ESFR, minimax and generators beside their bases.",
     "scale.md": "Shards, a killed node, images on the disk, decoding, evaluation in parallel.",
     "leaderboard.html": "The leaderboard with pictures and plots.",
 }
