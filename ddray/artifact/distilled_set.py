@@ -35,6 +35,8 @@ FORMAT_VERSIONS: Final = (1, 2, 3)
 version 3 only in the folder of a run, whose sets share their whitening."""
 WHITENING: Final = "whitening"
 """Entry of a version 3 file: the name of the file, in a folder above, that has its ZCA."""
+RESULT: Final = "distilled.pt"
+"""Name of a run's result, whose whitening is that of the sets beside it."""
 ADDED: Final = ("label_kind", "learned_lr", "schedule")
 """Fields of meta that version 2 brought."""
 LabelKind = Literal["logits", "probabilities", "values"]
@@ -271,7 +273,7 @@ class DistilledSet:
         """Validate, then write the file atomically.
 
         A run writes the whitening of its sets (38 MB for images of 32 px) once, to its folder `shared`, up to
-        two folders above them; by default a file is whole.
+        two folders above them; by default a file is whole. `save_result` writes a run's result.
 
         Raises:
             InputError: the set is not valid.
@@ -287,6 +289,16 @@ class DistilledSet:
             contents[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         contents["meta"] = json.dumps(self.meta.dump(), sort_keys=True)
         write_atomically(Path(path), lambda file: torch.save(contents, file))
+
+
+def save_result(distilled: DistilledSet, path: Path) -> None:
+    """Write a run's result, whole; other sets in its folder that share its whitening read it from there.
+
+    Raises as `DistilledSet.save`.
+    """
+    distilled.save(path)
+    if distilled.zca and path.name == RESULT:
+        (path.parent / whitening_name(distilled.zca)).unlink(missing_ok=True)
 
 
 def _write_whitening(folder: Path, zca: Mapping[str, Tensor]) -> str:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from ddray.artifact.conversion import FOREIGN, adopt, selected
 from ddray.artifact.decoders import get_decoder
-from ddray.artifact.distilled_set import FORMAT_VERSIONS, WHITENING, ZCA, DistilledSet, Meta, whitening_name
+from ddray.artifact.distilled_set import (
+    FORMAT_VERSIONS,
+    RESULT,
+    WHITENING,
+    ZCA,
+    DistilledSet,
+    Meta,
+    whitening_name,
+)
 from ddray.artifact.exported import exported_meta, is_parquet, read_parquet
 from ddray.artifact.foreign import ForeignRequest, format_of
 from ddray.artifact.options import ForeignOptions
@@ -97,17 +105,20 @@ def _own(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
 
 
 def _whitening(path: Path, name: str) -> dict[str, Tensor]:
-    """Return the ZCA of a set in a run folder, whose sets share it."""
+    """Return the ZCA of a set in a run folder, whose sets share it: a file of its own, or in the result."""
     folders = path.absolute().parents[:3]
-    file = next((file for folder in folders if (file := folder / Path(name).name).is_file()), None)
-    if file is None:
-        raise InputError(
-            f"{path} must have its whitening {name} beside it, as its run folder has: copy it too"
-        )
-    zca: dict[str, Tensor] = read_tensors(file)
-    if whitening_name(zca) != file.name:
-        raise InputError(f"{file} must be the whitening that its name has the hash of; copy it again")
-    return zca
+    files = [folder / last for folder in folders for last in (Path(name).name, RESULT)]
+    for file in filter(Path.is_file, files):
+        contents = read_tensors(file)
+        zca: dict[str, Tensor] = {key: contents[key] for key in ZCA if key in contents}
+        if len(zca) == len(ZCA) and all(map(is_plain, zca.values())) and whitening_name(zca) == name:
+            return zca
+        if file.name == name:
+            raise InputError(f"{file} must be the whitening that its name has the hash of; copy it again")
+    raise InputError(
+        f"{path} must have its whitening, {name} or the run's {RESULT}, beside it, as its run folder has: "
+        "copy it too"
+    )
 
 
 def _meta(path: Path, contents: Mapping[str, Any]) -> Meta:

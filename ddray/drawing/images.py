@@ -1,9 +1,11 @@
 """Pictures of distilled sets: PNG grids with normalisation and whitening undone, t-SNE planes."""
 
 import base64
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,9 @@ from ddray.artifact.export import encode_picture
 from ddray.drawing.plots import save_tsne
 from ddray.system.files import write_atomically
 
+if TYPE_CHECKING:
+    from PIL import ImageFont
+
 _MAX_PER_CLASS = 10
 _MAX_CLASSES = 50
 _MAX_UNLABELLED = 100
@@ -22,6 +27,8 @@ _SMALLEST = 32  # pixels of an image's side on a page
 _LARGEST = 64
 _CLASSES_ALONG = 10
 _PER_CLASS_ALONG = 2
+_LINE = 16  # pixels of a line of text
+_MAX_MARGIN = 160  # pixels beside a grid for the names of its rows
 _MAX_BASES = 64  # as many as the paper's figure shows
 
 
@@ -52,8 +59,8 @@ def grid(distilled: DistilledSet) -> Tensor | None:
     None for a set that stores no images (D3HR's statistics): sampling them needs the generator, which the
     viewer may not have.
 
-    With one image per class, each row shows ten classes; a set without labels shows its first 100 images, ten
-    per row.
+    Names of classes stand left of their rows. With one image per class, each row shows ten classes, with
+    their names below; a set without labels shows its first 100 images, ten per row.
 
     De-whitened images lie far outside [0, 1], and so do log-spectrograms. These are stretched between each
     image's 1st and 99th percentile to make their structure visible.
@@ -61,7 +68,51 @@ def grid(distilled: DistilledSet) -> Tensor | None:
     if not len(distilled.images):
         return None
     cells, columns = _cells(distilled)
-    return _tiled(cells, columns if columns > 1 else _MAX_PER_CLASS)
+    names = [" ".join(name.split()) for name in _class_names(distilled)]  # a font draws one line
+    if not names:
+        return _tiled(cells, columns if columns > 1 else _MAX_PER_CLASS)
+    cells = _enlarged(cells)
+    height, width = (side + 2 for side in cells.shape[-2:])
+    if columns > 1:
+        margin = min(round(max(map(_font().getlength, names))) + _LINE, _MAX_MARGIN)
+        picture = F.pad(_tiled(cells, columns), (margin, 0), value=1.0)
+        lines = [(2, 2 + row * height + (height - _LINE) // 2, margin - 2) for row in range(len(names))]
+    else:
+        picture = _tiled(F.pad(cells, (0, 0, 0, _LINE), value=1.0), _MAX_PER_CLASS)
+        places = [divmod(index, _MAX_PER_CLASS) for index in range(len(names))]
+        lines = [(2 + x * width, (y + 1) * height + y * _LINE, width - 2) for y, x in places]
+    return _with_text(picture, names, lines)
+
+
+def _with_text(picture: Tensor, texts: Sequence[str], places: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Return a picture [3, H, W] with texts at places (x, y, width); one that is too wide ends with "…"."""
+    from PIL import ImageDraw
+    from torchvision.transforms.functional import to_pil_image, to_tensor
+
+    image, font = to_pil_image(picture), _font()
+    draw = ImageDraw.Draw(image)
+    for text, (x, y, width) in zip(texts, places, strict=True):
+        fits = text
+        while len(fits) > 1 and font.getlength(fits) > width:
+            fits = fits.removesuffix("…")[:-1] + "…"
+        draw.text((x, y), fits, fill="black", font=font)
+    drawn: Tensor = to_tensor(image)
+    return drawn
+
+
+@functools.cache
+def _font() -> "ImageFont.FreeTypeFont":
+    """Return matplotlib's own font, which has Latin, Greek and Cyrillic letters."""
+    from matplotlib.font_manager import findfont
+    from PIL import ImageFont
+
+    return ImageFont.truetype(findfont("DejaVu Sans"), _LINE - 4)
+
+
+def _class_names(distilled: DistilledSet) -> tuple[str, ...]:
+    """Return the names of the classes that are drawn; empty for a set without labels."""
+    names = distilled.meta.class_names
+    return tuple(names[label] if label < len(names) else str(label) for label in _classes(distilled))
 
 
 def _classes(distilled: DistilledSet) -> list[int]:
@@ -98,11 +149,9 @@ def page_picture(distilled: DistilledSet) -> PagePicture | None:
     """Return a set's picture for a page, no larger than it is shown; None for a set that stores no images."""
     if not len(distilled.images):
         return None
-    cells, columns = _cells(distilled)
-    names = distilled.meta.class_names
     return PagePicture(
-        *grid_uri(cells, columns),
-        tuple(names[label] if label < len(names) else str(label) for label in _classes(distilled)),
+        *grid_uri(*_cells(distilled)),
+        _class_names(distilled),
         num_classes=len(torch.unique(distilled.labels)),
     )
 
@@ -159,10 +208,14 @@ def _tiled(cells: Tensor, columns: int) -> Tensor:
     """Return images [N, C, H, W] in [0, 1] as one grid; small images are enlarged."""
     from torchvision.utils import make_grid
 
-    zoom = max(1, 64 // cells.shape[-1])
-    cells = cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    picture: Tensor = make_grid(cells, nrow=columns, padding=2, pad_value=1.0)
+    picture: Tensor = make_grid(_enlarged(cells), nrow=columns, padding=2, pad_value=1.0)
     return picture
+
+
+def _enlarged(cells: Tensor) -> Tensor:
+    """Return images [N, C, H, W] enlarged by a whole number to about 64 pixels; large ones as they are."""
+    zoom = max(1, 64 // cells.shape[-1])
+    return cells.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
 
 
 def data_uri(picture: Tensor) -> str:

@@ -13,6 +13,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from ddray.artifact.distilled_set import RESULT, save_result
 from ddray.config import Result
 from ddray.data import SplitName
 from ddray.distillation.loop import Distillation, run_distillation
@@ -188,9 +189,9 @@ def finish_run(
     shards: int | None = None,
 ) -> DistillResult:
     """Write a run's set with its pictures, losses, row and table, and return its result."""
-    target = (out or run.folder / "distilled.pt").absolute()
+    target = (out or run.folder / RESULT).absolute()
     distilled = distillation.distilled
-    distilled.save(target)
+    save_result(distilled, target)
     if target.parent != run.folder:
         remember_run(target, run.folder)
     if len(distilled.images):

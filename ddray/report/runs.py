@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ddray.artifact.distilled_set import DistilledSet
+from ddray.artifact.distilled_set import RESULT, DistilledSet
 from ddray.artifact.reading import load
 from ddray.config import read_yaml
 from ddray.drawing.text import size_of
@@ -314,7 +314,7 @@ def _sets(
         path = folder / "artifacts" / f"{row.key}.pt"
         if row.kind == "distill" and "artifact" in row.result:
             path = folder / row.result["artifact"]
-            path = path if path.is_file() else folder / "distilled.pt"  # the run was moved
+            path = path if path.is_file() else folder / RESULT  # the run was moved
         if row.status != "done" or not path.is_file():
             continue
         # `distill --out` may put the set anywhere; its loss curve is in the run folder.

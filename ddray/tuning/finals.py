@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ddray.artifact.distilled_set import RESULT, save_result
 from ddray.artifact.reading import load
 from ddray.data import PixelSpace, Split
 from ddray.data.pixels import pixel_space
@@ -66,9 +67,9 @@ def run_finals(
         row = next(filter(None, (run.ledger.row(unit.key) for unit in units["best"])), None)
         reason = row.error if row is not None else "crashed (see above); run again with --resume"
         raise DdrayError(f"the winner failed on every fresh seed: {reason}")
-    final = run.folder / "distilled.pt"
+    final = run.folder / RESULT
     distilled = load(Path(results["best"]["artifact"]))
-    distilled.save(final)  # whole: it leaves the run
+    save_result(distilled, final)
     save_grid(distilled, final.with_suffix(".png"))
     results["best"]["artifact"] = str(final)
     return results

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddray.artifact.distilled_set import DistilledSet, Meta
+from ddray.artifact.distilled_set import DistilledSet, Meta, save_result
 from ddray.artifact.foreign import ForeignRequest
 from ddray.artifact.partition import Partition, expand
 from ddray.artifact.reading import load
@@ -135,11 +135,26 @@ def test_a_set_without_its_runs_whitening_says_which_file_it_needs(tmp_path: Pat
     copied.parent.mkdir()
     copied.write_bytes((tmp_path / "run/a.pt").read_bytes())
 
-    with pytest.raises(InputError, match=rf"must have its whitening {file.name} beside it.*copy it too"):
+    with pytest.raises(InputError, match=rf"must have its whitening, {file.name} or .* copy it too"):
         load(copied)
     torch.save({name: tensor + 1 for name, tensor in whitening().items()}, copied.parent / file.name)
     with pytest.raises(InputError, match="must be the whitening that its name has the hash of"):
         load(copied)
+
+
+def test_a_runs_result_holds_the_whitening_of_the_sets_beside_it(tmp_path: Path) -> None:
+    one = distilled_set(meta=meta(pixel_space="zca"), zca=whitening())
+    one.save(tmp_path / "artifacts" / "a.pt", shared=tmp_path)
+
+    save_result(one, tmp_path / "distilled.pt")
+
+    assert not list(tmp_path.rglob("whitening-*.pt"))
+    loaded = load(tmp_path / "artifacts" / "a.pt")
+    assert all(torch.equal(loaded.zca[name], tensor) for name, tensor in one.zca.items())
+    other = {name: tensor + 1 for name, tensor in whitening().items()}
+    distilled_set(meta=meta(pixel_space="zca"), zca=other).save(tmp_path / "distilled.pt")
+    with pytest.raises(InputError, match="must have its whitening, whitening-"):
+        load(tmp_path / "artifacts" / "a.pt")
 
 
 def test_a_set_tells_what_its_file_is_made_of(tmp_path: Path) -> None:

@@ -67,10 +67,10 @@ class TestDistill:
 
         assert first["whitening_s"] == second["whitening_s"] > 0  # fitted once, for all runs
         assert first["made_of"]["whitening"] == (256 + 256 * 256) * 4
-        (whitening,) = (tmp_path / "a").rglob("whitening-*.pt")
+        assert not list((tmp_path / "a").rglob("whitening-*.pt"))  # it is in the result
         steps = sorted((tmp_path / "a" / "distilled-steps").glob("*.pt"))
         assert [path.name for path in steps] == ["0000002.pt", "0000004.pt"]
-        assert all(path.stat().st_size < whitening.stat().st_size for path in steps)
+        assert all(path.stat().st_size < first["made_of"]["whitening"] for path in steps)
         assert load(steps[0]).zca.keys() == load(Path(first["artifact"])).zca.keys()
 
     def test_a_signal_is_told_with_the_step_that_is_saved(

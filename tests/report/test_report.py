@@ -83,9 +83,16 @@ def a_set(toy: Any, planned: Any, *, ipc: int = 2, **layers: Any) -> DistilledSe
 
 
 def cells(picture: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Undo the grid: 2 px padding, 16 px images magnified four times -> [rows, columns, 3, 16, 16]."""
+    """Undo the grid: names on the left, 2 px padding, 16 px images magnified four times.
+
+    Returns [rows, columns, 3, 16, 16].
+    """
     side = 64 + 2
-    assert picture.shape == (3, rows * side + 2, columns * side + 2)
+    names = picture.shape[2] - columns * side - 2
+    assert picture.shape[1] == rows * side + 2
+    assert names > 0
+    assert all(float(row[:, :, :names].min()) < 0.5 for row in picture.split(side, dim=1)[:rows])
+    picture = picture[:, :, names:]
     tiles = [
         picture[:, 2 + r * side : 66 + r * side : 4, 2 + c * side : 66 + c * side : 4]
         for r in range(rows)
@@ -118,6 +125,17 @@ def test_a_class_with_fewer_images_leaves_white_and_never_more_than_ten_are_show
         distilled.images[:1].repeat(12, 1, 1, 1), distilled.labels[:1].repeat(12), distilled.meta
     )
     cells(grid(many), 1, 10)
+
+
+def test_the_names_of_classes_stand_below_one_image_each(toy: Any, planned: Any) -> None:
+    one = a_set(toy, planned, ipc=1)
+    names = ("a\nb", "", "a name that is wider than an image")
+
+    picture = grid(replace(one, meta=one.meta.model_copy(update={"class_names": names})))
+
+    assert picture.shape == (3, 2 + 64 + 16 + 2, 2 + 3 * 66)
+    strip = picture[0, 66:82, 2:].split(66, dim=1)
+    assert [float(part.min()) < 0.5 for part in strip[:3]] == [True, False, True]
 
 
 def test_a_whitened_sets_images_fill_the_range(toy: Any, planned: Any) -> None:
@@ -163,7 +181,8 @@ def test_the_png_holds_the_picture(toy: Any, planned: Any, tmp_path: Path) -> No
 
     picture = Image.open(io.BytesIO((tmp_path / "a.png").read_bytes()))
 
-    assert picture.size == (134, 200)
+    assert picture.size[0] > 134  # two images and the names of their classes
+    assert picture.size[1] == 200
     values = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
     expected = grid(distilled).permute(1, 2, 0).flatten()
     assert float((values / 255 - expected).abs().max()) < 1 / 255
