@@ -19,7 +19,7 @@ from ddray.errors import DdrayError, DeviceMissingError, StorageError
 from ddray.runs.executor import MAX_ATTEMPTS
 from ddray.runs.ledger import Row
 from ddray.runs.recovery import recovering
-from ddray.system.progress import reported_to
+from ddray.system.progress import reported_to, reports_in
 from ddray.system.worker import prepare_worker
 from ddray.tuning.live import LiveTable
 from ddray.tuning.shards import run_in_shards
@@ -116,7 +116,9 @@ def _trainable(config: dict[str, Any], *, job: Any, payload: Any, reports: Any) 
         recovering(run_trial, job, payload, config["number"], config["params"], tune.report)
 
 
-def _sharded(config: dict[str, Any], *, job: Any, fingerprint: str, payload: Any, executor: Any) -> None:
+def _sharded(
+    config: dict[str, Any], *, job: Any, fingerprint: str, payload: Any, executor: Any, reports: Any
+) -> None:
     """What Tune runs in the process of a sharded trial, which computes nothing: its workers do.
 
     They have the bundles of the trial's placement group, which Tune lets its children take. `payload` is a
@@ -124,7 +126,7 @@ def _sharded(config: dict[str, Any], *, job: Any, fingerprint: str, payload: Any
     """
     prepare_worker()
     unit = trial_unit(job, config["number"], config["params"], fingerprint)
-    with executor.workers() as workers:
+    with reports_in(reports / str(config["number"])), executor.workers() as workers:
         publish_trial(
             job, unit, tune.report, lambda: run_in_shards(workers, job, payload[0], unit, tune.report)
         )
@@ -144,6 +146,7 @@ def _with_resources(search: Search, payload: Payload, workers: int) -> Any:
         fingerprint=payload.facts["fingerprint"],
         payload=[ray.put(payload)],
         executor=RayExecutor(options.cpus_per_trial, options.gpus, workers),
+        reports=search.run.reports,
     )
     return tune.with_resources(trainable, PlacementGroupFactory([{}, *[bundle] * workers]))
 

@@ -22,7 +22,8 @@ _MAX_ROWS = 20
 class LiveTable:
     """Shows trials on stderr: `total` in the whole search, `done` of them finished before a resume.
 
-    Workers report to files in the folder `reports`, by the numbers of their trials.
+    Workers report to files in the folder `reports`, by the numbers of their trials; those of a trial's shards
+    to a folder of that name.
     """
 
     def __init__(self, total: int, done: int, reports: Path) -> None:
@@ -59,6 +60,14 @@ class LiveTable:
             formatted = "-" if value is None else f"{value:.1%}"
             log.info("trial %d %s: val %s (%s) [%s]", trial_number, status, formatted, text, self._progress())
 
+    def _running(self) -> dict[str, Row]:
+        """Return what trials do, by their numbers: of one in shards, the slowest of those at work."""
+        rows = read_reports(self._reports)
+        for folder in self._reports.glob("*/"):
+            if shards := read_reports(folder).values():
+                rows[folder.name] = min(shards, key=lambda row: row.share)
+        return rows
+
     def _progress(self, running: Mapping[str, Row] = MappingProxyType({})) -> str:
         """Return `finished/total`, and the ETA at the pace so far; of `running` trials the part that is done.
 
@@ -73,7 +82,7 @@ class LiveTable:
     def _table(self) -> Any:
         from rich.table import Table
 
-        running = read_reports(self._reports)
+        running = self._running()
         headers = ("trial", "status", "val %", "rungs", "settings")
         table = Table(*headers, title=f"trials {self._progress(running)}")
         for trial_number in sorted(self._trials)[-_MAX_ROWS:]:

@@ -18,6 +18,7 @@ def drawn(live: LiveTable) -> str:
 
 
 def report(folder: Path, number: int, done: int) -> None:
+    folder.mkdir(exist_ok=True)
     fields = {"title": "dm on digits", "done": done, "total": 90, "note": "loss 0.5, 0.1 s/step"}
     (folder / f"{number}.json").write_text(json.dumps(fields))
 
@@ -36,6 +37,14 @@ def test_a_running_trial_is_a_row_that_moves_until_it_has_ended(tmp_path: Path) 
     assert "12/90" not in after
     assert "25.0" in after
     assert "1/4" in after
+
+
+def test_a_trial_in_shards_shows_the_slowest_of_those_at_work(tmp_path: Path) -> None:
+    live = LiveTable(4, 0, tmp_path)
+    live.update(1, {}, "running", {})
+    for shard, done in ((0, 45), (5, 12)):
+        report(tmp_path / "1", shard, done)
+    assert "dm on digits 12/90 loss 0.5" in drawn(live)
 
 
 def test_a_trial_that_is_tried_again_keeps_its_rungs(tmp_path: Path) -> None:
