@@ -163,7 +163,7 @@ def methods_table(result: MethodList) -> Any:
     from rich.table import Column, Table
 
     right: dict[str, Any] = {"justify": "right", "no_wrap": True}
-    headers = (
+    headers: tuple[Column | str, ...] = (
         *(Column("method", no_wrap=True), "what it is, paper", Column("protocol", no_wrap=True)),
         *(Column(name, **right) for name in ("steps", "networks", "time here")),
     )
