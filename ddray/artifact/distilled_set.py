@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -28,7 +29,7 @@ from ddray.data.packed import PackedImages
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError
 from ddray.system.files import write_atomically
-from ddray.system.tensors import sha256_of
+from ddray.system.tensors import load_plain, sha256_of
 
 FORMAT_VERSIONS: Final = (1, 2, 3)
 """Versions that are read. Files are of version 2 only if their meta has what version 1 lacks, and of
@@ -294,17 +295,42 @@ class DistilledSet:
 def save_result(distilled: DistilledSet, path: Path) -> None:
     """Write a run's result, whole; other sets in its folder that share its whitening read it from there.
 
-    Raises as `DistilledSet.save`.
+    Those of a result that it replaces find theirs in a file of its own. Raises as `DistilledSet.save`.
     """
+    if path.name != RESULT:
+        distilled.save(path)
+        return
+    name = whitening_name(distilled.zca) if distilled.zca else None
+    if whitening_in(path) not in (None, name):
+        contents = load_plain(path)
+        _write_whitening(path.parent, {key: contents[key] for key in ZCA})
     distilled.save(path)
-    if distilled.zca and path.name == RESULT:
-        (path.parent / whitening_name(distilled.zca)).unlink(missing_ok=True)
+    if name is not None:
+        (path.parent / name).unlink(missing_ok=True)
+
+
+def whitening_in(file: Path) -> str | None:
+    """Return the name of the whitening that a file holds; None if it holds none, or is missing or damaged."""
+    if not file.is_file():
+        return None
+    stat = file.stat()
+    try:
+        return _whitening_in(file, stat.st_mtime_ns, stat.st_size)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+        return None
+
+
+@lru_cache(maxsize=64)
+def _whitening_in(file: Path, mtime_ns: int, size: int) -> str:
+    """Return as `whitening_in`, of a file as it was at a time: hashing takes a tenth of a second."""
+    contents = load_plain(file)
+    return whitening_name({key: contents[key] for key in ZCA})
 
 
 def _write_whitening(folder: Path, zca: Mapping[str, Tensor]) -> str:
-    """Write a whitening to a run's folder unless it is there; return the name of its file."""
+    """Write a whitening to a run's folder unless it is there, undamaged; return the name of its file."""
     file = folder / whitening_name(zca)
-    if not file.exists():
+    if whitening_in(file) != file.name:
         write_atomically(file, lambda target: torch.save(dict(zca), target))
     return file.name
 

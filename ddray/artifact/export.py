@@ -23,6 +23,7 @@ META: Final = "meta.json"
 PARQUET: Final = ".parquet"
 CARD: Final = "README.md"
 _WHITENING: Final = "whitening"
+_MOST_IN_LISTS: Final = 2**28  # values of a part of a column: offsets of lists are of 32 bits
 _ARCHIVES: Final = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z")
 _LONGEST: Final = 60  # characters of a class's name in a folder's: at most 240 bytes
 
@@ -225,11 +226,16 @@ def _images_column(images: Tensor) -> tuple[Any, dict[str, Any]]:
     """Return float32 [N, C, H, W] as a column of nested lists, and its Hugging Face feature, Array3D."""
     import pyarrow as pa
 
-    column = pa.array(images.contiguous().flatten().numpy())
-    for length in reversed(images.shape[1:]):
-        offsets = pa.array(range(0, len(column) + 1, length), pa.int32())
-        column = pa.ListArray.from_arrays(offsets, column)
-    return column, {"shape": list(images.shape[1:]), "dtype": "float32", "_type": "Array3D"}
+    def nested(part: Tensor) -> Any:
+        column = pa.array(part.contiguous().flatten().numpy())
+        for length in reversed(part.shape[1:]):
+            offsets = pa.array(range(0, len(column) + 1, length), pa.int32())
+            column = pa.ListArray.from_arrays(offsets, column)
+        return column
+
+    parts = torch.split(images, max(1, _MOST_IN_LISTS // images[0].numel()))
+    feature = {"shape": list(images.shape[1:]), "dtype": "float32", "_type": "Array3D"}
+    return pa.chunked_array([nested(part) for part in parts]), feature
 
 
 def folder_names(classes: tuple[str, ...]) -> list[str]:

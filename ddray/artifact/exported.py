@@ -11,7 +11,9 @@ from torch import Tensor
 from ddray.artifact.distilled_set import ZCA, DistilledSet, Meta
 from ddray.artifact.export import META, PARQUET, whitening_file
 from ddray.errors import InputError, one_line
+from ddray.system.memory import available_bytes
 
+_SECOND: Final = ("soft_label", "target", "label")  # what a file has beside images; the first that is there
 _STORED_OTHERWISE: Final = {"decoder": None, "partition": None, "bases": None}
 
 
@@ -29,22 +31,24 @@ def read_parquet(path: Path) -> DistilledSet:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
-        columns = {name: _tensor(table[name]) for name in table.column_names if name != "image"}
-    except (OSError, pa.ArrowException, ValueError) as error:
+        with pq.ParquetFile(path) as file:
+            text, names = (file.schema_arrow.metadata or {}).get(b"ddray"), file.schema_arrow.names
+            second = next((name for name in _SECOND if name in names), _SECOND[-1])
+            if text is None or not {"tensor", second} <= {*names}:
+                raise InputError(
+                    f"{path} must be a parquet file that ddray export wrote; one of real images is a "
+                    "dataset: name its folder with --dataset"
+                )
+            _check_fits(file.metadata)
+            meta = parsed_meta(path, lambda: text)
+            table = file.read(["tensor", second])
+        images = _tensor(table["tensor"]).float().reshape(-1, *meta.image_shape)
+        values = _tensor(table[second])
+    except (OSError, pa.ArrowException, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} must be an undamaged parquet file: {one_line(error, 160)}") from error
-    text = (table.schema.metadata or {}).get(b"ddray")
-    second = next((name for name in ("soft_label", "target", "label") if name in columns), "label")
-    if text is None or not {"tensor", second} <= columns.keys():
-        raise InputError(
-            f"{path} must be a parquet file that ddray export wrote; one of real images is a dataset: "
-            "name its folder with --dataset"
-        )
-    meta = parsed_meta(path, lambda: text)
-    images = columns["tensor"].float().reshape(-1, *meta.image_shape)
+    targets, soft = values if second == "target" else None, values if second == "soft_label" else None
     none = torch.zeros(0, dtype=torch.int64)
-    targets, soft = columns.get("target"), columns.get("soft_label")
-    labels = none if targets is not None else columns["label"] if soft is None else soft.argmax(1)
+    labels = none if targets is not None else values if soft is None else soft.argmax(1)
     if meta.decoder is not None:
         stored = images.numel() + (0 if targets is None else targets.numel())
         floats = meta.storage_floats if targets is None else stored
@@ -52,13 +56,27 @@ def read_parquet(path: Path) -> DistilledSet:
     return DistilledSet(images, labels, meta, read_whitening(path, meta), targets, soft_labels=soft)
 
 
+def _check_fits(facts: Any) -> None:
+    """Refuse (ValueError) a parquet file whose columns, unpacked, take more than the memory that is free."""
+    groups = [facts.row_group(index) for index in range(facts.num_row_groups)]
+    columns = [group.column(index) for group in groups for index in range(group.num_columns)]
+    size = max(
+        8 * sum(column.num_values for column in columns), sum(group.total_byte_size for group in groups)
+    )
+    available = available_bytes(torch.device("cpu"))
+    if size > available:
+        raise ValueError(f"it would unpack to {size / 2**30:.1f} GiB, {available / 2**30:.1f} are free")
+
+
 def _tensor(column: Any) -> Tensor:
     """Return a column of numbers, or of lists of equally many, as [N] or [N, values]."""
-    values, num = column.combine_chunks(), len(column)
-    while hasattr(values.type, "value_type"):
-        values = values.flatten()
-    tensor = torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())
-    return tensor if len(tensor) == num else tensor.reshape(num, -1)
+    parts = []
+    for values in column.chunks:
+        while hasattr(values.type, "value_type"):
+            values = values.flatten()
+        parts.append(torch.from_numpy(values.to_numpy(zero_copy_only=False).copy()))
+    tensor = torch.cat(parts)
+    return tensor if len(tensor) == len(column) else tensor.reshape(len(column), -1)
 
 
 def exported_meta(path: Path) -> Meta | None:

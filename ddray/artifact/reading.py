@@ -17,7 +17,7 @@ from ddray.artifact.distilled_set import (
     ZCA,
     DistilledSet,
     Meta,
-    whitening_name,
+    whitening_in,
 )
 from ddray.artifact.exported import exported_meta, is_parquet, read_parquet
 from ddray.artifact.foreign import ForeignRequest, format_of
@@ -104,21 +104,31 @@ def _own(path: Path, contents: Mapping[str, Any]) -> DistilledSet:
     return _validated(path, lambda: get_decoder(meta.decoder).read(meta, tensors, zca))
 
 
-def _whitening(path: Path, name: str) -> dict[str, Tensor]:
-    """Return the ZCA of a set in a run folder, whose sets share it: a file of its own, or in the result."""
+def has_whitening(path: Path) -> bool:
+    """Return whether a run's set is readable, with the whitening that it shares with others, if it does."""
+    try:
+        contents = read_tensors(path)
+        return WHITENING not in contents or _whitening_file(path, str(contents[WHITENING])) is not None
+    except InputError:
+        return False
+
+
+def _whitening_file(path: Path, name: str) -> Path | None:
+    """Return the file near a set that has a whitening: one of that name, or the run's result."""
     folders = path.absolute().parents[:3]
-    files = [folder / last for folder in folders for last in (Path(name).name, RESULT)]
-    for file in filter(Path.is_file, files):
-        contents = read_tensors(file)
-        zca: dict[str, Tensor] = {key: contents[key] for key in ZCA if key in contents}
-        if len(zca) == len(ZCA) and all(map(is_plain, zca.values())) and whitening_name(zca) == name:
-            return zca
-        if file.name == name:
-            raise InputError(f"{file} must be the whitening that its name has the hash of; copy it again")
-    raise InputError(
-        f"{path} must have its whitening, {name} or the run's {RESULT}, beside it, as its run folder has: "
-        "copy it too"
-    )
+    files = (folder / last for folder in folders for last in (Path(name).name, RESULT))
+    return next((file for file in files if whitening_in(file) == name), None)
+
+
+def _whitening(path: Path, name: str) -> dict[str, Tensor]:
+    """Return the ZCA of a set in a run folder, whose sets share it."""
+    if (file := _whitening_file(path, name)) is None:
+        raise InputError(
+            f"{path} must have its whitening beside it, as its run folder has: copy {name} too, or the "
+            f"run's {RESULT}"
+        )
+    contents = read_tensors(file)
+    return {key: contents[key] for key in ZCA}
 
 
 def _meta(path: Path, contents: Mapping[str, Any]) -> Meta:

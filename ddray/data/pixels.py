@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -289,22 +289,23 @@ def pixel_space(kind: str, dataset: Dataset, split: Split, device: torch.device 
     else:
         digest = sha256_of([split.images])
     file = home() / "whitening" / f"{hashlib.sha256(f'{about} {digest}'.encode()).hexdigest()}.pt"
-    if (space := _stored(file)) is not None:
-        return space
-    is_absent = not file.exists()
-    with suppress(StorageError, OSError), locked(file.with_suffix(".lock")):  # of several processes one fits
-        return (_stored(file) if is_absent else None) or _fitted(file, dataset, split, device)
-    return _fitted(file, dataset, split, device)
+    with ExitStack() as stack:
+        with suppress(StorageError, OSError):  # in a folder that can't be written, where each process fits
+            stack.enter_context(locked(file.with_suffix(".lock")))
+        return _stored(file, size) or _fitted(file, dataset, split, device)
 
 
-def _stored(file: Path) -> PixelSpace | None:
-    """Return a stored fit; None if there is none that is undamaged."""
+def _stored(file: Path, size: int) -> PixelSpace | None:
+    """Return a stored fit for images of `size` values; None if there is none that is undamaged."""
     if not file.exists():
         return None
     try:
         stored = load_plain(file)
-        return PixelSpace("zca", **{name: stored[name] for name in ("zca_mean", "zca_matrix", "fit_s")})
-    except (ValueError, TypeError, KeyError, InputError) as error:
+        space = PixelSpace("zca", **{name: stored[name] for name in ("zca_mean", "zca_matrix", "fit_s")})
+        if space.zca_mean is None or len(space.zca_mean) != size:
+            raise ValueError(f"it is not of images of {size} values")
+        return space
+    except (ValueError, TypeError, KeyError, AttributeError, InputError) as error:
         log.warning("%s is damaged (%s): fitted again", file, error)
         return None
 

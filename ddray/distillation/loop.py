@@ -187,7 +187,7 @@ def _distil(
             if look or early:
                 timer.restart()
             if interrupted():
-                raise SavedInterrupt(f"at step {step:,} of {last:,}, {run.saved}")
+                raise SavedInterrupt(f"at step {step:,} of {last:,}, {run.where_saved(step)}")
     distilled = run.snapshot(last)
     return Distillation(
         distilled=distilled,
@@ -245,7 +245,7 @@ class _Run:
         self.meter = Meter(ctx.device)
         self.pool = MeteredPool(ctx.pool, self.meter)
         self.losses = _Losses()
-        self._saved_at, self._pause_s, self.saved = time.monotonic(), _SAVE_EVERY_S, "not saved"
+        self._saved_at, self._pause_s, self._saved_step = time.monotonic(), _SAVE_EVERY_S, 0
         distiller.setup(replace(ctx, pool=self.pool))
 
     @contextmanager
@@ -280,6 +280,7 @@ class _Run:
         self.distiller.load_state_dict(checkpoint["state"])
         self.losses.restore(checkpoint["losses"])
         self.meter.continue_from(checkpoint.get("spent"))
+        self._saved_step = step
         self.keep(step)  # the run may have been cut off before, or was one of as many steps
         return step
 
@@ -287,17 +288,23 @@ class _Run:
         """Write the checkpoint, if the run has one."""
         if self._checkpoint is None:
             return
+        begin = time.monotonic()
         checkpoint = {
             "step": step,
             "state": self.distiller.state_dict(),
             "losses": self.losses.all(),
             "spent": self.meter.spent(),
         }
-        begin = time.monotonic()
         write_atomically(self._checkpoint, lambda file: torch.save(checkpoint, file))
         self._saved_at = time.monotonic()
         self._pause_s = max(_SAVE_EVERY_S, (self._saved_at - begin) / _SAVE_SHARE)
-        self.saved = "saved"
+        self._saved_step = step
+
+    def where_saved(self, step: int) -> str:
+        """Return whether a step, which is the last that was done, is saved, for people."""
+        if self._saved_step == step:
+            return "saved"
+        return f"saved at step {self._saved_step:,}" if self._saved_step else "not saved"
 
     def is_due(self) -> bool:
         """Return whether the last checkpoint, or the start, is long enough ago."""
@@ -311,7 +318,7 @@ class _Run:
         if math.isfinite(self.losses.last()):
             self.save(step)
         else:
-            self._saved_at, self.saved = time.monotonic(), "where its last checkpoint was"
+            self._saved_at = time.monotonic()
 
     def keeps(self, step: int) -> bool:
         """Return whether the set of a step is kept."""

@@ -144,14 +144,18 @@ def distill(
         resume=resume,
         more_steps=more_steps,
     )
+    is_new = run.ledger.row(unit.key) is None
     run.ledger.begin(unit, epoch=run.epoch)
     with run.continued("the run"):
         distiller, distillation = recovering(_run, plan, ctx, run, unit)
     result = finish_run(plan, run, unit, distillation, out, getattr(distiller, "representations", None))
-    if (row := run.ledger.row(unit.key)) is not None:
+    row = run.ledger.row(unit.key)
+    if is_new and row is not None and distillation.seconds is not None:
         signature = {"kind": "distill", "what": plan.method, "which": plan.dataset.name}
+        # Its pool's entries have costs of their own.
+        without_pool = row.model_copy(update={"wall_s": distillation.seconds})
         with suppress(StorageError):  # forecasts lack it; the run is done
-            record_costs(signature, [(row, plan.work)], device.type)
+            record_costs(signature, [(without_pool, plan.work)], device.type)
     return result
 
 

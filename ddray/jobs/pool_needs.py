@@ -113,18 +113,18 @@ class StoredEntries:
         """Return whether the entry of a predicted spec is there."""
         return _identity(spec.dump(), dataset) in self._identities
 
-    def seconds(self, spec: PoolSpec, dataset: str) -> float | None:
+    def seconds(self, spec: PoolSpec, dataset: str, requested: Sequence[PoolSpec]) -> float | None:
         """Return what an entry's training should take, from those of its kind by epoch; None without any.
 
-        With the training of the network below it, if that is not there.
+        With the training of the network below it, if that is neither there nor `requested` itself.
         """
         values = spec.dump()
         if (rates := self._seconds.get(_kind(values, dataset))) is None:
             return None
         seconds, network = statistics.median(rates) * _epochs(values), _network_of(spec)
-        if network is None or self.has(network, dataset):
+        if network is None or network in requested or self.has(network, dataset):
             return seconds
-        below = self.seconds(network, dataset)
+        below = self.seconds(network, dataset, requested)
         return None if below is None else below + seconds
 
 

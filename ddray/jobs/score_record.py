@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ddray.artifact.distilled_set import DistilledSet, name_of_file
+from ddray.artifact.distilled_set import DistilledSet, Meta, name_of_file
 from ddray.errors import StorageError
 from ddray.evaluation.options import EvaluateOptions, EvaluateResult
 from ddray.runs.scores import append_score, read_scores, run_of
@@ -27,17 +27,26 @@ def record_score(
 
     Return the result with the names of the set and of that run's folder. An evaluation that is on record
     already, to the last network, is not noted again; a set of no run is not noted, and a record that can't be
-    written costs no result.
+    read or written costs no result.
     """
-    meta = sets[0].meta
-    result = result.model_copy(update={"name": name_of_file(path, meta)})
-    sha256 = file_sha256(path) if path.is_file() else ""
-    folder = run_of(path, sha256)
-    if not sha256 or folder is None:
+    result = result.model_copy(update={"name": name_of_file(path, sets[0].meta)})
+    try:
+        sha256 = file_sha256(path) if path.is_file() else ""
+        if not sha256 or (folder := run_of(path, sha256)) is None:
+            return result
+        score = _score(sets[0].meta, dataset, options, result)
+        score = {"artifact": path.name, "artifact_sha256": sha256, **score}
+        if _identity(score) not in map(_identity, read_scores(folder)):
+            append_score(folder, score)
+    except (StorageError, OSError) as error:
+        log.warning("the result is not in the run's record: %s", error)
         return result
-    score = {
-        "artifact": path.name,
-        "artifact_sha256": sha256,
+    return result.model_copy(update={"recorded_in": str(folder)})
+
+
+def _score(meta: Meta, dataset: str, options: EvaluateOptions, result: EvaluateResult) -> dict[str, Any]:
+    """Return a score (`append_score`) without its artifact."""
+    return {
         "method": meta.method,
         "dataset": dataset,
         "ipc": options.ipc or meta.ipc,
@@ -49,13 +58,6 @@ def record_score(
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    try:
-        if _identity(score) not in map(_identity, read_scores(folder)):
-            append_score(folder, score)
-    except StorageError as error:
-        log.warning("the result is not in the run's record: %s", error)
-        return result
-    return result.model_copy(update={"recorded_in": str(folder)})
 
 
 def _identity(score: Mapping[str, Any]) -> list[Any]:

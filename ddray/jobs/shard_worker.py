@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddray.artifact.reading import load
+from ddray.artifact.reading import has_whitening, load
 from ddray.data import Dataset, PixelSpace, Split, SplitName, open_dataset
 from ddray.distillation.loop import Distillation, run_distillation
 from ddray.distillation.method import DistillContext
@@ -261,9 +261,15 @@ def drop_unsound(ledger: Ledger, units: Iterable[Unit]) -> list[Unit]:
 
 
 def has_shard(ledger: Ledger, unit: Unit) -> bool:
-    """Return whether a shard is done and its file is there, unchanged."""
+    """Return whether a shard is done and its file is there, unchanged, with its whitening."""
     row, path = ledger.row(unit.key), shard_file(ledger.run_dir, unit.key)
-    return row is not None and _digests(path) == row.result.get("sha256")
+    is_there = row is not None and _digests(path) == row.result.get("sha256")
+    return is_there and has_its_whitening(path, unit.spec)
+
+
+def has_its_whitening(path: Path, spec: Mapping[str, Any]) -> bool:
+    """Return whether the whitening of a unit's set is there, if the unit's spec says that it has one."""
+    return spec.get("config", spec)["pixel_space"] != "zca" or has_whitening(path)
 
 
 def joined(ledger: Ledger, units: Sequence[Unit], wall_s: float, *, takes_steps: bool) -> Distillation:

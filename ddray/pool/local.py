@@ -21,13 +21,13 @@ from ddray.system.progress import phase, progress
 
 log = logging.getLogger(__name__)
 _inner_s: Final[ContextVar[float]] = ContextVar("inner_s", default=0.0)
-"""Seconds of the entries that were trained for the one in training."""
+"""Seconds of the entries that were trained for the one in training, or waited for."""
 
 
 def draft_entry(files: PoolFiles, spec: PoolSpec, trainer: Trainer, *, times_trained: int) -> Path:
     """Train a spec and write its entry to a draft folder, as `PoolFiles.draft` does; return the folder.
 
-    Its `wall_s` is without the seconds of entries that had to be trained for it.
+    Its `wall_s` is without the seconds of entries that had to be trained for it, here or elsewhere.
     """
     begin, outer = time.perf_counter(), _inner_s.set(0.0)
     try:
@@ -90,7 +90,10 @@ class LocalPool:
             if (lock := self._files.try_lock(key)) is not None:
                 return key, lock
         log.info("pool: another process is training %s, waiting for it", keys[0][:12])
-        return keys[0], self._files.lock(keys[0])
+        begin = time.perf_counter()
+        lock = self._files.lock(keys[0])
+        _inner_s.set(_inner_s.get() + time.perf_counter() - begin)
+        return keys[0], lock
 
     def _open(self, key: str) -> PoolEntry | None:
         """Return an entry, or None if it is missing or damaged."""

@@ -11,6 +11,7 @@ from ddray.system.files import append_line, file_sha256, home, read_json_lines, 
 
 log = logging.getLogger(__name__)
 _FILE: Final = "scores.jsonl"
+_KEYS: Final = {"artifact", "method", "dataset", "ipc", "protocol", "split", "options", "results"}
 _DEPTH: Final = 2  # a set lies in its run's folder, or in a folder of that
 
 
@@ -29,8 +30,21 @@ def append_score(folder: Path, score: Mapping[str, Any]) -> None:
 
 
 def read_scores(folder: Path) -> list[dict[str, Any]]:
-    """Return the evaluations on record for the run in `folder`, in order; a torn line is left out."""
-    return read_json_lines(folder / _FILE)
+    """Return the evaluations on record for the run in `folder`, in order; a torn line is left out.
+
+    So is one that is no score. OSError if the file can't be read.
+    """
+    lines = read_json_lines(folder / _FILE)
+    scores = [line for line in lines if _is_score(line)]
+    if len(scores) < len(lines):
+        log.warning("%s has %d lines that are no scores: left out", folder / _FILE, len(lines) - len(scores))
+    return scores
+
+
+def _is_score(line: object) -> bool:
+    if not isinstance(line, dict) or not line.keys() >= _KEYS:
+        return False
+    return all(isinstance(one, dict) and {"arch", "per_seed"} <= one.keys() for one in line["results"])
 
 
 def remember_run(artifact: Path, folder: Path) -> None:

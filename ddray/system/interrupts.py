@@ -1,10 +1,13 @@
 """SIGINT and SIGTERM that wait for the end of a step, so that it is not lost."""
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+log = logging.getLogger(__name__)
 
 
 class SavedInterrupt(KeyboardInterrupt):
@@ -15,8 +18,9 @@ class SavedInterrupt(KeyboardInterrupt):
 def deferred_interrupts(on_signal: Callable[[], object]) -> Iterator[Callable[[], bool]]:
     """Let the first signal wait while the block runs; yield a function that says whether it came.
 
-    `on_signal` is called when it comes; a second one interrupts at once. Only in the main thread, and only
-    signals that would raise KeyboardInterrupt: others' handlers, such as Ray's, stay.
+    `on_signal` is called when it comes; a second one interrupts at once, and so does the first when the block
+    ends or fails without an interrupt: the failure is logged, and nobody recovers from it. Only in the main
+    thread, and only signals that would raise KeyboardInterrupt: others' handlers, such as Ray's, stay.
     """
     came = False
 
@@ -37,6 +41,12 @@ def deferred_interrupts(on_signal: Callable[[], object]) -> Iterator[Callable[[]
         signal.signal(number, note)
     try:
         yield lambda: came
+    except Exception as error:
+        if not came:
+            raise
+        log.error("after the signal: %s", error)
     finally:
         for number in numbers:
             signal.signal(number, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt

@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from ddray.pool.spec import FEATURES
 from ddray.runs.costs import Estimate, History, record_costs
 from ddray.runs.ledger import Row
 from ddray.tables.units import BenchUnit
@@ -65,8 +64,7 @@ def _signature(unit: BenchUnit) -> dict[str, str]:
     if unit.kind == "evaluate":
         what, which = unit.options["protocol"], unit.identity.spec["arch"]
     elif unit.pool is not None:
-        kind = "supervised" if unit.pool.kind == FEATURES else unit.pool.kind  # their network is the cost
-        what, which = kind, f"{unit.pool.arch} on {unit.dataset}"
+        what, which = unit.pool.kind, f"{unit.pool.arch} on {unit.dataset}"
     return {"kind": unit.kind, "what": what, "which": which}
 
 

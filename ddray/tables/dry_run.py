@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -125,7 +126,10 @@ def _unit_lines(graph: Graph, ledger: Ledger | None, history: History) -> tuple[
             is_pool_known = is_pool_known and specs is not None
             for spec in specs or ():
                 name = f"pool {spec.kind} {spec.arch} for {unit.dataset}, seed {spec.seed}"
-                pool.setdefault(f"{name} {spec.key}", _pool_line(name, unit, spec, history, stored))
+                line = _pool_line(name, unit, spec, history, stored.seconds(spec, unit.dataset, specs or ()))
+                if stored.has(spec, unit.dataset):
+                    line["status"] = "done"
+                pool.setdefault(f"{name} {spec.key}", line)
                 needs.append(name)
             shards = _shard_lines(unit, plan.dataset.num_classes, ledger, history, needs)
             units += shards
@@ -135,14 +139,13 @@ def _unit_lines(graph: Graph, ledger: Ledger | None, history: History) -> tuple[
 
 
 def _pool_line(
-    name: str, asker: BenchUnit, spec: PoolSpec, history: History, stored: StoredEntries
+    name: str, asker: BenchUnit, spec: PoolSpec, history: History, seconds: float | None
 ) -> dict[str, Any]:
-    """Return the line of a network; where no bench has trained any, it takes what those in the pool took."""
+    """Return the line of an entry: it takes what those in the pool took, `seconds`, else what units did."""
     estimate = estimate_of(history, pool_unit(asker, spec))
-    if estimate.wall_s is None and (seconds := stored.seconds(spec, asker.dataset)) is not None:
-        estimate = Estimate(seconds, 1)
-    line = _line(name, "pool", None, [], estimate)
-    return {**line, "status": "done"} if stored.has(spec, asker.dataset) else line
+    if seconds is not None:
+        estimate = replace(estimate, wall_s=seconds, units=max(estimate.units, 1))
+    return _line(name, "pool", None, [], estimate)
 
 
 def _shard_lines(

@@ -26,6 +26,7 @@ from ddray.jobs.plan import Plan, RunConfig
 from ddray.jobs.shard_worker import (
     Prepared,
     distil_shard,
+    has_its_whitening,
     has_shard,
     joined,
     prepared_from,
@@ -190,12 +191,15 @@ def _draft(job: BenchJob, unit: BenchUnit) -> Path:
 
 
 def is_sound(run_dir: Path, row: Row) -> bool:
-    """Return whether the sets of a distillation's row are in its run, unchanged."""
+    """Return whether the sets of a distillation's row are in its run, unchanged, with their whitening."""
     digests = {artifact_name(row.key): row.result["sha256"]}
     for step, digest in row.result.get("snapshots", {}).items():
         digests[artifact_name(row.key, int(step))] = digest
     files = ((run_dir / name, digest) for name, digest in digests.items())
-    return all(path.is_file() and file_sha256(path) == digest for path, digest in files)
+    return all(
+        path.is_file() and file_sha256(path) == digest and has_its_whitening(path, row.spec)
+        for path, digest in files
+    )
 
 
 # Opened, carved and fitted once per worker: ZCA's eigenvectors take seconds.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ddray.config import Result
@@ -108,18 +109,18 @@ def _num_workers(options: TuneOptions) -> int | None:
 
 
 def _pool_lines(plan: Plan, history: History, specs: Sequence[PoolSpec]) -> Iterator[dict[str, Any]]:
-    """Yield the line of the networks that are trained before the first trial, if there are any."""
-    if not specs:
-        return
+    """Yield a line per kind of pool entry that is made before the first trial."""
     stored, dataset = StoredEntries(), plan.dataset.name
-    missing = [spec for spec in specs if not stored.has(spec, dataset)]
-    spec = (missing or specs)[0]
-    estimate = history.estimate(
-        {"kind": "pool", "what": spec.kind, "which": f"{spec.arch} on {dataset}"}, amount=0.0
-    )
-    if estimate.wall_s is None and (seconds := stored.seconds(spec, dataset)) is not None:
-        estimate = Estimate(seconds, 1)
-    yield {"kind": "pool", "units": len(specs), "missing": len(missing), **estimate.dump()}
+    for kind in dict.fromkeys(spec.kind for spec in specs):
+        alike = [spec for spec in specs if spec.kind == kind]
+        missing = [spec for spec in alike if not stored.has(spec, dataset)]
+        spec = (missing or alike)[0]
+        estimate = history.estimate(
+            {"kind": "pool", "what": kind, "which": f"{spec.arch} on {dataset}"}, amount=0.0
+        )
+        if (seconds := stored.seconds(spec, dataset, specs)) is not None:
+            estimate = replace(estimate, wall_s=seconds, units=max(estimate.units, 1))
+        yield {"kind": "pool", "units": len(alike), "missing": len(missing), **estimate.dump()}
 
 
 def _estimate(history: History, kind: str, plan: Plan, options: TuneOptions) -> Estimate:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddray.artifact.distilled_set import DistilledSet, Meta, save_result
 from ddray.artifact.foreign import ForeignRequest
 from ddray.artifact.partition import Partition, expand
-from ddray.artifact.reading import load
+from ddray.artifact.reading import has_whitening, load
 from ddray.data import PixelSpace
 from ddray.errors import InputError
 from ddray.system.tensors import numpy_scalars
@@ -135,11 +135,11 @@ def test_a_set_without_its_runs_whitening_says_which_file_it_needs(tmp_path: Pat
     copied.parent.mkdir()
     copied.write_bytes((tmp_path / "run/a.pt").read_bytes())
 
-    with pytest.raises(InputError, match=rf"must have its whitening, {file.name} or .* copy it too"):
+    with pytest.raises(InputError, match=rf"must have its whitening beside it.* copy {file.name} too"):
         load(copied)
     torch.save({name: tensor + 1 for name, tensor in whitening().items()}, copied.parent / file.name)
-    with pytest.raises(InputError, match="must be the whitening that its name has the hash of"):
-        load(copied)
+    with pytest.raises(InputError, match="must have its whitening beside it"):
+        load(copied)  # it is another one
 
 
 def test_a_runs_result_holds_the_whitening_of_the_sets_beside_it(tmp_path: Path) -> None:
@@ -153,8 +153,41 @@ def test_a_runs_result_holds_the_whitening_of_the_sets_beside_it(tmp_path: Path)
     assert all(torch.equal(loaded.zca[name], tensor) for name, tensor in one.zca.items())
     other = {name: tensor + 1 for name, tensor in whitening().items()}
     distilled_set(meta=meta(pixel_space="zca"), zca=other).save(tmp_path / "distilled.pt")
-    with pytest.raises(InputError, match="must have its whitening, whitening-"):
+    with pytest.raises(InputError, match="must have its whitening beside it"):
         load(tmp_path / "artifacts" / "a.pt")
+
+
+def test_another_result_leaves_the_sets_beside_it_their_whitening(tmp_path: Path) -> None:
+    first, second = (
+        distilled_set(
+            meta=meta(pixel_space="zca"), zca={name: one + add for name, one in whitening().items()}
+        )
+        for add in (0, 1)
+    )
+    first.save(tmp_path / "artifacts" / "a.pt", shared=tmp_path)
+    for result in (first, second):
+        save_result(result, tmp_path / "distilled.pt")
+
+        again = load(tmp_path / "artifacts" / "a.pt")
+
+        assert all(torch.equal(again.zca[name], tensor) for name, tensor in first.zca.items())
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "another"])
+def test_a_damaged_whitening_of_a_run_is_noticed_and_written_again(tmp_path: Path, damage: str) -> None:
+    one, path = distilled_set(meta=meta(pixel_space="zca"), zca=whitening()), tmp_path / "a.pt"
+    one.save(path, shared=tmp_path)
+    (file,) = tmp_path.glob("whitening-*.pt")
+    assert has_whitening(path)
+    if damage == "missing":
+        file.unlink()
+    elif damage == "torn":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        torch.save({name: tensor + 1 for name, tensor in whitening().items()}, file)
+    assert not has_whitening(path)
+    one.save(tmp_path / "b.pt", shared=tmp_path)
+    assert has_whitening(path)
 
 
 def test_a_set_tells_what_its_file_is_made_of(tmp_path: Path) -> None:

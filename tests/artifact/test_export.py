@@ -15,6 +15,7 @@ import torch
 import yaml
 
 import ddray
+from ddray.artifact import export, exported
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.export import export_folder, export_parquet, export_set, folder_names, whitening_file
 from ddray.artifact.foreign import ForeignRequest
@@ -97,10 +98,35 @@ class TestParquet:
 
         assert torch.equal(load(tmp_path / "old.parquet").images, distilled.images)
 
+    def test_columns_that_do_not_fit_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "set.parquet"
+        export_parquet(learned_set(None), path)
+        table = pq.read_table(path)
+        for name, values in (("tensor", [[1.0]] * len(table)), ("label", ["cat"] * len(table))):
+            index = table.column_names.index(name)
+            pq.write_table(table.set_column(index, name, pa.array(values)), tmp_path / "odd.parquet")
+            with pytest.raises(InputError, match="must be an undamaged parquet file"):
+                load(tmp_path / "odd.parquet")
+        monkeypatch.setattr(exported, "available_bytes", lambda device: 1000)
+        with pytest.raises(InputError, match="would unpack to"):
+            load(path)
+
+    def test_a_large_set_is_written_in_parts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(export, "_MOST_IN_LISTS", 100)
+        distilled = learned_set(None)
+        export_parquet(distilled, tmp_path / "set.parquet")
+        assert torch.equal(load(tmp_path / "set.parquet").images, distilled.images)
+
     def test_other_parquet_files_are_refused(self, tmp_path: Path) -> None:
         pq.write_table(pa.table({"label": [1, 2]}), tmp_path / "real.parquet")
         with pytest.raises(InputError, match="must be a parquet file that ddray export wrote"):
             load(tmp_path / "real.parquet")
+        pictures = pa.table({"img": [{"bytes": b"", "path": "a"}], "label": ["cat"]})
+        pq.write_table(pictures, tmp_path / "pictures.parquet")
+        with pytest.raises(InputError, match="must be a parquet file that ddray export wrote"):
+            load(tmp_path / "pictures.parquet")
         (tmp_path / "torn.parquet").write_bytes(b"PAR1")
         with pytest.raises(InputError, match="must be an undamaged parquet file"):
             load(tmp_path / "torn.parquet")

@@ -382,9 +382,11 @@ def test_a_nan_between_looks_is_not_saved_and_left_to_the_next_look(
     result = run_distillation(Counter(6, nan_at=2), ctx, checkpoint=path, checkpoint_every=6)
     assert math.isnan(float(result.losses[1]))  # as in a run without such checkpoints
     path.unlink()
-    with pytest.raises(SavedInterrupt, match=r"at step 1 of 6, where its last checkpoint was$"):
+    with pytest.raises(SavedInterrupt, match=r"at step 1 of 6, not saved$"):
         run_distillation(Signalled(6, 1, nan_at=1), ctx, checkpoint=path, checkpoint_every=6)
     assert not path.exists()
+    with pytest.raises(SavedInterrupt, match=r"at step 3 of 6, saved at step 2$"):
+        run_distillation(Signalled(6, 3, nan_at=3), ctx, checkpoint=path, checkpoint_every=2)
 
 
 def test_a_slow_checkpoint_is_written_less_often(

@@ -98,6 +98,18 @@ def test_a_set_of_no_run_leaves_no_trace(
     assert not list(tmp_path.glob("*.jsonl"))
 
 
+def test_a_record_that_can_not_be_read_costs_no_result(
+    run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (run_dir / "scores.jsonl").mkdir()
+    with caplog.at_level(logging.WARNING):
+        result = evaluate(run_dir / "distilled.pt", EvaluateOptions(seeds=1), device=CPU)
+
+    assert result["results"][0]["num_images"] == 10
+    assert result.recorded_in is None
+    assert "not in the run's record" in caplog.text
+
+
 def test_a_record_that_can_not_be_written_costs_no_result(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -380,6 +380,23 @@ def test_who_waits_for_one_entry_trains_the_next(ddray_home: Path) -> None:
     assert trainer.calls == [spec(seed=1), spec()]
 
 
+def test_an_entrys_seconds_are_without_waiting_for_the_one_below_it(ddray_home: Path) -> None:
+    lock = PoolFiles(ddray_home / "pool").lock(spec().key)
+    timer = threading.Timer(1.0, lock.release)
+
+    class Nested(Trainer):
+        def __call__(self, pool_spec: PoolSpec) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+            if pool_spec == spec(seed=1):
+                timer.start()
+                LocalPool(self).get([spec()])
+            return super().__call__(pool_spec)
+
+    (entry,) = LocalPool(Nested()).get([spec(seed=1)])
+
+    timer.join()
+    assert 0 < entry.meta["wall_s"] < 0.5
+
+
 def test_where_locks_do_not_hold_the_first_entry_stays(
     ddray_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

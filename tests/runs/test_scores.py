@@ -12,6 +12,10 @@ from ddray.runs.scores import append_score, read_scores, remember_run, run_of
 from ddray.system.files import file_sha256
 
 PROCESSES = 4
+SCORE: dict[str, Any] = {
+    **dict.fromkeys(("artifact", "method", "dataset", "ipc", "protocol", "split", "options")),
+    "results": [{"arch": "convnet3", "per_seed": [0.5]}],
+}
 
 
 def run_folder(folder: Path) -> Path:
@@ -23,12 +27,14 @@ def run_folder(folder: Path) -> Path:
 def write_many(folder: str, process: int, gate: Any) -> None:
     gate.wait()
     for index in range(20):
-        append_score(Path(folder), {"process": process, "index": index, "filler": "x" * (301 * index)})
+        append_score(
+            Path(folder), {**SCORE, "process": process, "index": index, "filler": "x" * (301 * index)}
+        )
 
 
 def test_scores_are_read_in_the_order_they_came(tmp_path: Path) -> None:
     assert read_scores(tmp_path) == []
-    scores = [{"artifact": "distilled.pt", "results": [{"accuracy_mean": 0.5}]}, {"artifact": "é\n.pt"}]
+    scores = [{**SCORE, "artifact": "distilled.pt"}, {**SCORE, "artifact": "é\n.pt"}]
     for score in scores:
         append_score(tmp_path, score)
 
@@ -51,13 +57,23 @@ def test_scores_of_several_processes_do_not_mix(tmp_path: Path) -> None:
     assert sorted(pairs) == [(process, index) for process in range(PROCESSES) for index in range(20)]
 
 
+def test_a_line_that_is_no_score_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    append_score(tmp_path, {**SCORE, "number": 1})
+    for line in ({"number": 2}, {**SCORE, "results": [{}]}, {**SCORE, "results": "none"}):
+        append_score(tmp_path, line)
+
+    with caplog.at_level(logging.WARNING):
+        assert [score["number"] for score in read_scores(tmp_path)] == [1]
+    assert "has 3 lines that are no scores" in caplog.text
+
+
 def test_a_torn_score_is_left_out_and_swallows_no_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    append_score(tmp_path, {"number": 1})
+    append_score(tmp_path, {**SCORE, "number": 1})
     with (tmp_path / "scores.jsonl").open("ab") as file:
         file.write(b'{"number": 2, "resu')
-    append_score(tmp_path, {"number": 3})
+    append_score(tmp_path, {**SCORE, "number": 3})
 
     with caplog.at_level(logging.WARNING):
         assert [score["number"] for score in read_scores(tmp_path)] == [1, 3]

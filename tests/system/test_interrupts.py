@@ -12,17 +12,39 @@ from ddray.system.interrupts import deferred_interrupts
 def test_the_first_signal_waits_and_a_second_interrupts(number: signal.Signals) -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     calls: list[str] = []
-    try:
+
+    def block() -> None:
         with deferred_interrupts(lambda: calls.append("said")) as interrupted:
             assert not interrupted()
             signal.raise_signal(number)
             assert interrupted()
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(number)
+            calls.append("waited")
+            signal.raise_signal(number)
+            calls.append("waited again")
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            block()
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert calls == ["said"]
+    assert calls == ["said", "waited"]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("out of memory"), KeyboardInterrupt("saved")])
+def test_a_signal_ends_a_block_that_fails_or_is_done(
+    error: BaseException | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    def block() -> None:
+        with deferred_interrupts(lambda: None):
+            signal.raise_signal(signal.SIGINT)
+            if error is not None:
+                raise error
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        block()
+    assert str(raised.value) == ("saved" if isinstance(error, KeyboardInterrupt) else "")
+    assert ("out of memory" in caplog.text) == isinstance(error, RuntimeError)
 
 
 def test_others_handlers_stay() -> None:

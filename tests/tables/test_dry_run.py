@@ -25,11 +25,11 @@ def test_the_graph_is_listed_with_what_it_needs_and_nothing_is_made(tmp_path: Pa
     assert (kinds.count("pool"), kinds.count("distill"), kinds.count("evaluate")) == (2, 4, 8)
     assert result["num_missing"] == result["num_units"] == 14
     assert result["estimate_s"] is None
-    pool = {"kind": "pool", "what": "supervised", "which": "convnet1_w8 on digits", "device": "cpu"}
+    pool = {"kind": "pool", "what": "features", "which": "convnet1_w8 on digits", "device": "cpu"}
     costs_file().parent.mkdir(parents=True, exist_ok=True)
     costs_file().write_text(json.dumps({**pool, "amount": 0.0, "wall_s": 4.0}) + "\n")
     priced = dry_run(spec(methods=["random", "kcenter"]), LOCAL, run_dir=tmp_path / "none")
-    assert priced["estimate_s"] == 8.0, "two networks, four seconds each"
+    assert priced["estimate_s"] == 8.0, "two networks with their features, four seconds each"
     titles = {unit["unit"] for unit in result["units"]}
     assert all(set(unit["needs"]) <= titles for unit in result["units"])
     assert not list(tmp_path.iterdir()) or not (tmp_path / "none").exists()
