@@ -254,7 +254,8 @@ class Training:
 def _epochs_shown(nets: Sequence[Net], num_epochs: int) -> AbstractContextManager[Row]:
     """Return the row of a training."""
     several = f"{len(nets)} x " if len(nets) > 1 else ""
-    return progress(f"training {several}{nets[0].arch}", num_epochs, unit="epoch")
+    name = getattr(nets[0], "arch", type(nets[0]).__name__)
+    return progress(f"training {several}{name}", num_epochs, unit="epoch")
 
 
 def _counted(batches: Iterator[Batch], show: Row, done: int, epoch: int) -> Iterator[Batch]:

@@ -84,6 +84,7 @@ def test_a_rank_correlation_is_logged_under_its_name(tmp_path: Path) -> None:
     boards, one = loggers.Boards(ranked), Trial(tmp_path / "events")
 
     boards.log_trial_result(1, one, {"number": 3, METRIC: 0.25, "step": 7})
+    boards.log_trial_end(one)  # type: ignore[no-untyped-call]
 
     assert events(tmp_path / "events") == [(7, "val_spearman", 0.25)]
 

@@ -19,7 +19,7 @@ from ddray.methods.families.ssl.teacher import SslTrainer
 from ddray.pool.files import ENTRY, TENSORS, PoolFiles
 from ddray.pool.listing import list_pool, show_entry
 from ddray.pool.local import LocalPool
-from ddray.pool.spec import supervised_specs
+from ddray.pool.spec import features_spec, supervised_specs
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,8 @@ def test_training_gives_the_keys_that_methods_ask_for(toy: Any, ddray_home: Path
         dataset, split="train", arch="convnet1_w8", device="cpu", recipe={}, seed=3, num=2
     )
     assert result["keys"] == [spec.key for spec in specs]
-    assert result["key"] == result["keys"][0] == declared.key
+    assert result["key"] == result["keys"][0]
+    assert declared == features_spec(specs[0])  # it reads that network's features
     assert result["folder"] == str(ddray_home / "pool" / result["key"])
     assert Path(result["folder"], TENSORS).is_file()
 
@@ -170,8 +171,8 @@ def test_an_entry_is_shown_by_a_prefix(toy: Any, ddray_home: Path) -> None:
 
     assert (entry["key"], entry["folder"]) == (keys[0], str(ddray_home / "pool" / keys[0]))
     assert entry["meta"]["spec"]["arch"] == "convnet1_w8"
-    assert entry["tensors"]["features"] == {"dtype": "F32", "shape": [24, 8 * 8 * 8]}
-    assert any(name.startswith("weights.") for name in entry["tensors"])
+    assert entry["tensors"]["weights.body.convs.0.weight"] == {"dtype": "F32", "shape": [8, 3, 3, 3]}
+    assert all(name.startswith("weights.") for name in entry["tensors"])  # features are another entry
     with pytest.raises(InputError, match=r"key must fit one entry of .*, 0 start with 'zz'; there: "):
         show_entry("zz")
     with pytest.raises(InputError, match=f"2 start with ''; there: {keys[0][:12]}, {keys[1][:12]}"):

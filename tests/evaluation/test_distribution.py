@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,13 @@ def test_the_command_names_the_networks_it_embedded_with(
     result = run_command(*arguments, "--epochs", "1")
 
     (row,) = result["results"]
-    keys = [path.parent.name for path in (tmp_path / "home" / "pool").glob("*/entry.json")]
-    assert sorted(result["networks"]["convnet1_w8"]) == sorted(keys)
+    entries = [
+        json.loads(path.read_text())["spec"] | {"key": path.parent.name}
+        for path in (tmp_path / "home" / "pool").glob("*/entry.json")
+    ]
+    networks = [entry["key"] for entry in entries if entry["kind"] == "supervised"]
+    assert len(networks) == 2
+    assert sorted(result["networks"]["convnet1_w8"]) == sorted(networks)
     assert len(row["measures_per_seed"]["misplaced"]) == 2
     with pytest.raises(InputError, match="epochs"):
         EvaluateOptions(protocol="distribution", sets=("epochs=0",))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,15 +206,17 @@ def test_features_are_the_pool_networks_embedding_in_eval_mode(
     _, ctx, _ = planned("herding", dataset, arch="convnet1_w8_bn")
     actual = pool_features(ctx, epochs=2)
 
-    folders = [path for path in (ddray_home / "pool").iterdir() if path.is_dir()]
-    assert len(folders) == 1
     from safetensors.torch import load_file
 
-    tensors = load_file(folders[0] / "tensors.safetensors")
+    stored: dict[str, dict[str, torch.Tensor]] = {}
+    for entry in (ddray_home / "pool").glob("*/entry.json"):
+        stored[json.loads(entry.read_text())["spec"]["kind"]] = load_file(
+            entry.with_name("tensors.safetensors")
+        )
+    assert stored.keys() == {"supervised", "features"}
+    assert torch.equal(stored["features"]["features"], actual)
     net = build_net("convnet1_w8_bn", (3, 16, 16), 3, seed=5)
-    net.load_state_dict(
-        {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
-    )
+    net.load_state_dict({k.removeprefix("weights."): v for k, v in stored["supervised"].items()})
     with torch.no_grad():
         expected = torch.cat([net.eval().embed(ctx.space.encode(image[None])) for image in ctx.split.images])
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -120,7 +120,8 @@ class Replay:
         self.space, self.num_classes = ctx.space, ctx.dataset.num_classes
         self.pixels = ctx.space.decode(stored).double()
         self.velocity = torch.zeros_like(self.pixels)
-        self.nets = [entry.module().double() for entry in ctx.pool.get(distiller.pool_specs(ctx))]
+        networks = [spec for spec in distiller.pool_specs(ctx) if spec.kind == "supervised"]
+        self.nets = [entry.module().double() for entry in ctx.pool.get(networks)]
         self.batches = ClassBatches(ctx, BATCH)
         every = "color_crop_cutout_scale_rotate"  # the images can't be flipped
         augment, strategy = settings.get("augment", "none"), settings.get("strategy", every)
