@@ -41,6 +41,7 @@ def record_score(
         "method": meta.method,
         "dataset": dataset,
         "ipc": options.ipc or meta.ipc,
+        "budget": meta.budget,
         "protocol": result.protocol,
         "split": result.split,
         "recipe": result.dump().get("recipe"),

@@ -10,6 +10,7 @@ from ddray.drawing.text import percent_short
 from ddray.ranking.report import sweep_title
 from ddray.report.board import matrix_of
 from ddray.report.runs import RunView, SetView, grouped
+from ddray.report.scored import without_stages
 from ddray.tables.along import group_of
 from ddray.tables.columns import Entry
 from ddray.tuning.report import search_title
@@ -26,7 +27,7 @@ def headline(run: RunView, rankings: Sequence[Mapping[str, Any]] = ()) -> str:
         num_archs = max(ranking["num_archs"] for ranking in rankings)
         correlations = {ranking["proxy"]: ranking["spearman"] for ranking in rankings}
         return sweep_title(str(run.config.get("space")), run.config.get("dataset"), num_archs, correlations)
-    if run.cells:
+    if without_stages(run.cells):
         return of_cells(run.cells, run.title)
     if run.sets:
         return _of_set(run.sets[0])
@@ -39,7 +40,7 @@ def of_cells(cells: Sequence[Entry], title: str) -> str:
     That is the score of a single method (the first, of several), the best of a single column, or who leads
     in most columns.
     """
-    first = next(iter(grouped(cells, lambda cell: cell["protocol"]).values()), [])
+    first = next(iter(grouped(without_stages(cells), lambda cell: cell["protocol"]).values()), [])
     matrix = matrix_of(first)
     if not matrix.heads:
         return title
@@ -61,7 +62,8 @@ def _scored(cell: Entry, beside: str) -> str:
 
 
 def _of_search(run: RunView) -> str:
-    by_label = {str(cell["method"]): cell["accuracy_mean"] for cell in run.cells}
+    # A label's first cell is the search's own: one of its sets may have been scored again.
+    by_label = {str(cell["method"]): cell["accuracy_mean"] for cell in reversed(run.cells)}
     preset = next((mean for label, mean in by_label.items() if label.endswith(", preset")), None)
     best = next((mean for label, mean in by_label.items() if label.endswith(", searched")), preset)
     return search_title(run.config, best, preset)

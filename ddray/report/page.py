@@ -27,6 +27,7 @@ from ddray.report.costs import unit_costs
 from ddray.report.headline import headline, of_cells
 from ddray.report.plane import make_plane, under_networks
 from ddray.report.runs import RunView, SetView, grouped, read_run
+from ddray.report.scored import without_stages
 from ddray.tables.along import group_of
 from ddray.tables.anomalies import anomalies
 from ddray.tables.columns import generators_of
@@ -171,6 +172,8 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
 
 def _with_sets(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
     """Return a cell with the storage and the seconds of its sets, which older runs' cells lack."""
+    if "stage" in cell:
+        return dict(cell)
     where = (cell["method"], cell["dataset"], size_of(cell))
     cell_sets = [view for view in sets if (view.label, view.dataset, view.size) == where]
     times = [view.wall_s for view in cell_sets if view.wall_s is not None]
@@ -218,7 +221,8 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
     labels = dict.fromkeys([*(str(cell["method"]) for cell in cells), *(view.label for view in sets)])
     for label in labels:
         method_sets = [view for view in sets if view.label == label]
-        reached = [cell for cell in cells if cell["method"] == label and cell["accuracy_mean"] is not None]
+        method_cells = [cell for cell in without_stages(cells) if cell["method"] == label]
+        reached = [cell for cell in method_cells if cell["accuracy_mean"] is not None]
         pictures = [
             {"title": "; ".join([title, *_learned(distilled.meta)]), "picture": picture}
             for title, views in grouped(method_sets, attrgetter("group")).items()

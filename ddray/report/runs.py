@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ddray.artifact.distilled_set import RESULT, DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import load
 from ddray.config import read_yaml
 from ddray.drawing.text import size_of
 from ddray.errors import InputError
-from ddray.report.scored import score_cells
+from ddray.report.scored import file_of, score_cells
 from ddray.runs.folder import environments
 from ddray.runs.ledger import Ledger, Row, classes_of
 from ddray.tables.along import group_of
@@ -311,10 +311,7 @@ def _sets(
         for key in cell.get("sets", ()):
             labels.setdefault(key, {})[str(cell["method"])] = None
     for row in rows:
-        path = folder / "artifacts" / f"{row.key}.pt"
-        if row.kind == "distill" and "artifact" in row.result:
-            path = folder / row.result["artifact"]
-            path = path if path.is_file() else folder / RESULT  # the run was moved
+        path = file_of(folder, row.key, row)
         if row.status != "done" or not path.is_file():
             continue
         # `distill --out` may put the set anywhere; its loss curve is in the run folder.

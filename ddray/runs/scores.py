@@ -18,9 +18,9 @@ def append_score(folder: Path, score: Mapping[str, Any]) -> None:
     """Append an evaluation to the record of the run in `folder`; lines of several processes don't mix.
 
     A score has the keys `artifact` (the set's file name), `artifact_sha256`, `method`, `dataset`, `ipc`,
-    `protocol`, `split`, `recipe` (of protocol `soft`, else None), `options` (those that are not at their
-    default), `results` (as `ddray evaluate --json` has them), `command` (the words that were typed) and
-    `time` (ISO 8601, UTC).
+    `budget` (None for a set of a size per class), `protocol`, `split`, `recipe` (of protocol `soft`, else
+    None), `options` (those that are not at their default), `results` (as `ddray evaluate --json` has them),
+    `command` (the words that were typed) and `time` (ISO 8601, UTC).
 
     Raises:
         StorageError: the line can't be written.

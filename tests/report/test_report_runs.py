@@ -17,6 +17,7 @@ from ddray.report.runs import read_run
 from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.runs.scores import append_score
+from ddray.system.files import file_sha256
 from ddray.tables.columns import MEASURED
 from ddray.tables.options import BenchOptions
 from ddray.tables.run import prepare, run_bench
@@ -159,6 +160,7 @@ def test_later_evaluations_of_a_runs_set_are_cells_and_its_title(tmp_path: Path,
     )
     score = {
         "artifact": "distilled.pt",
+        "artifact_sha256": file_sha256(tmp_path / "run" / "distilled.pt"),
         "method": "random",
         "dataset": "digits",
         "ipc": 1,
