@@ -98,7 +98,7 @@ def score_cells(
         name = {
             "method": sets.cells[key]["method"] if key in sets.cells else score["method"],
             "dataset": str(dataset),
-            **({"budget": score["budget"]} if score.get("budget") else {"ipc": score["ipc"]}),
+            **size_fields(score),
             "protocol": score["protocol"],
             **conditions_of(score["options"], score["split"], stage),
             **({} if score["dataset"] == dataset else {"target": score["dataset"]}),
@@ -120,6 +120,12 @@ def score_cells(
 def without_stages(cells: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the cells of the sets that are there now: no others stand for a run."""
     return [cell for cell in cells if "stage" not in cell]
+
+
+def size_fields(values: Mapping[str, Any]) -> dict[str, int]:
+    """Return a set's size as a cell has it: `budget` where there is one, else `ipc`."""
+    name = next((name for name in ("budget", "ipc") if values.get(name) is not None), None)
+    return {} if name is None else {name: values[name]}
 
 
 def conditions_of(options: Mapping[str, Any], split: str, stage: str = "") -> dict[str, str]:

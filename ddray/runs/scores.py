@@ -1,4 +1,4 @@
-"""scores.jsonl: what `ddray evaluate` measured of a run's sets, one line per evaluation."""
+"""What `ddray evaluate` measured: scores.jsonl of the set's run, and set.json of a run of its own."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ from ddray.system.files import append_line, file_sha256, home, read_json_lines, 
 
 log = logging.getLogger(__name__)
 _FILE: Final = "scores.jsonl"
+_SCORED_SET: Final = "set.json"
 _DEPTH: Final = 2  # a set lies in its run's folder, or in a folder of that
 
 
@@ -31,6 +32,25 @@ def append_score(folder: Path, score: Mapping[str, Any]) -> None:
 def read_scores(folder: Path) -> list[dict[str, Any]]:
     """Return the evaluations on record for the run in `folder`, in order; a torn line is left out."""
     return read_json_lines(folder / _FILE)
+
+
+def note_scored_set(evaluation: Path, set_file: Path, folder: Path) -> None:
+    """Note in an evaluation's own run folder which set it scored, and the run in `folder` that wrote it.
+
+    Raises:
+        StorageError: the note can't be written.
+    """
+    note = {"run": str(folder), "artifact": set_file.name, "artifact_sha256": file_sha256(set_file)}
+    write_text(evaluation / _SCORED_SET, json.dumps(note))
+
+
+def read_scored_set(evaluation: Path) -> dict[str, str]:
+    """Return an evaluation's note of its set: `run`, `artifact` and `artifact_sha256`; empty without one."""
+    try:
+        note: dict[str, str] = json.loads((evaluation / _SCORED_SET).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of no run, of an older version, or damaged
+        return {}
+    return note
 
 
 def remember_run(artifact: Path, folder: Path) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from ddray.evaluation.options import EvaluateOptions, EvaluateRunOptions
 from ddray.jobs.distill import distill
 from ddray.jobs.plan import resolve
+from ddray.jobs.score_run import evaluate_in_run
 from ddray.report.headline import headline
 from ddray.report.page import write_page
 from ddray.report.runs import read_run
+from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.runs.scores import append_score
 from ddray.system.files import file_sha256
@@ -180,3 +183,31 @@ def test_settings_are_as_they_were_typed(run_dir: Path) -> None:
     (cell,) = read_run(run_dir).cells
     assert cell["settings"] == "teacher.epochs=30, lr=0.1, epochs=2, split=val"
     assert cell["augment"] == "none"
+
+
+def evaluated(run_dir: Path, file: Path) -> dict[str, Any]:
+    """The cell of an evaluation in a folder of its own: two networks, two epochs."""
+    folder = run_dir.with_name(f"{file.stem}-evaluation")
+    options, where = EvaluateOptions(seeds=2, epochs=2), EvaluateRunOptions(run_dir=folder)
+    evaluate_in_run(file, options, where, LocalExecutor(), device="cpu")
+    (cell,) = read_run(folder).cells
+    return dict(cell)
+
+
+def test_an_evaluation_of_its_own_has_one_set_its_settings_and_its_cut(run_dir: Path) -> None:
+    cell = evaluated(run_dir, run_dir / "distilled.pt")
+
+    assert (cell["n"], cell["num_sets"]) == (2, 1)
+    assert (cell["settings"], cell["cut"]) == ("epochs=2", "steps 4 of 150")
+    assert cell["overridden"] == ["method.batch_real", "arch"]
+    assert cell["standard_error"] == pytest.approx(cell["accuracy_std"] / 2**0.5), "over networks"
+    (again,) = read_run(run_dir).cells
+    assert {name: again[name] for name in again if name != "sets"} == {
+        name: cell[name] for name in cell if name != "sets"
+    }, "as in the record of the set's run"
+
+    of_step = evaluated(run_dir, run_dir / "distilled-steps" / "0000002.pt")
+    assert (of_step["settings"], "cut" in of_step, "stage" in of_step) == ("epochs=2, step 2", False, False)
+    shutil.rmtree(run_dir)
+    (cell,) = read_run(run_dir.with_name("distilled-evaluation")).cells
+    assert (cell["settings"], "cut" in cell) == ("epochs=2", False)
