@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ddray.evaluation.published import read_numbers
+from ddray.ranking.figures_of_merit import TOO_FEW, is_telling
 
 Part = Mapping[str, Any]
 
@@ -63,7 +64,10 @@ def search(part: Part) -> str:
 
 def ranking(part: Part) -> str:
     """Name the best proxy, how many others can't be told from it, and how many say nothing."""
-    rows = [row for row in part["result"]["proxies"] if row["spearman_ci95"] is not None]
+    proxies = [row for row in part["result"]["proxies"] if row["spearman_ci95"] is not None]
+    rows = [row for row in proxies if is_telling(row, "spearman")]
+    if not rows:
+        return f"{part['result']['num_archs']} architectures: {TOO_FEW}."
     best = max(rows, key=lambda row: row["spearman"])
     low, high = best["spearman_ci95"]
     others = sum(row["spearman_ci95"][1] >= low for row in rows) - 1

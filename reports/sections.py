@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from ddray.ranking.figures_of_merit import is_telling
 from reports import findings
 from reports.findings import Part, percent, within_error
 from reports.tables import TITLES, described
@@ -97,17 +98,19 @@ def search(part: Part) -> list[str]:
 def ranking(part: Part) -> list[str]:
     """Return a table of rank correlations, and the scatter plot."""
 
-    def rho(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
+    def rho(row: Mapping[str, Any], name: str) -> str:
+        if not is_telling(row, name):
+            return "too few"
+        return "-" if row[name] is None else f"{row[name]:.2f}"
 
     result, rows = part["result"], []
     for row in result["proxies"]:
-        low, high = row["spearman_ci95"] or (None, None)
+        interval = row["spearman_ci95"] if is_telling(row, "spearman") else None
         rows.append(
             (
                 findings.proxy(row),
-                f"{rho(row['spearman'])} [{rho(low)}, {rho(high)}]",
-                *(rho(row["spearman_top20"]), rho(row["kendall"])),
+                rho(row, "spearman") + (" [{:.2f}, {:.2f}]".format(*interval) if interval else ""),
+                *(rho(row, "spearman_top20"), rho(row, "kendall")),
                 *(percent(row["top1_truth_accuracy"]), str(row["num_at_chance"])),
                 *(f"{row['storage_images']:,.0f}", f"{row['wall_s']:.0f}"),
             )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddray.drawing.text import percent_short
-from ddray.ranking.report import sweep_title
+from ddray.ranking.report import sweep_title, telling_correlations
 from ddray.report.board import matrix_of
 from ddray.report.runs import RunView, SetView, grouped
 from ddray.report.scored import without_stages
@@ -25,7 +25,7 @@ def headline(run: RunView, rankings: Sequence[Mapping[str, Any]] = ()) -> str:
         return _of_search(run)
     if run.command == "nas" and rankings:
         num_archs = max(ranking["num_archs"] for ranking in rankings)
-        correlations = {ranking["proxy"]: ranking["spearman"] for ranking in rankings}
+        correlations = telling_correlations(rankings)
         return sweep_title(str(run.config.get("space")), run.config.get("dataset"), num_archs, correlations)
     if without_stages(run.cells):
         return of_cells(run.cells, run.title)

@@ -20,6 +20,7 @@ from ddray.drawing.images import grid_uri, images_along, page_picture
 from ddray.drawing.text import size_of
 from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
+from ddray.ranking.figures_of_merit import TOO_FEW, is_telling
 from ddray.ranking.report import scatter_plot
 from ddray.report import charts, figures
 from ddray.report.board import matrix_of, of_most_sets, table_of
@@ -284,11 +285,18 @@ def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
         for proxy, proxy_rows in table.groupby("proxy", sort=False):
             both = proxy_rows[["proxy_accuracy", "truth_accuracy"]].dropna()
             rho: Any = both.corr(method="spearman").iloc[0, 1] if len(both) > 2 else None
+            figures = {"num_archs": len(both), "spearman": None if pd.isna(rho) else float(rho)}
+            if not is_telling(figures, "spearman"):
+                result = f"{len(both)} architectures: {TOO_FEW}"
+            elif figures["spearman"] is None:
+                result = f"{len(both)} architectures: no correlation is defined"
+            else:
+                result = f"Spearman {rho:.3g} over {len(both)} architectures"
             yield {
                 "title": f"{folder.name}: {proxy}",
                 "proxy": str(proxy),
-                "spearman": None if pd.isna(rho) else float(rho),
-                "num_archs": len(both),
+                **figures,
+                "result": result,
                 "html": scatter_plot(proxy_rows),
             }
 
