@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +28,9 @@ from ddray.report.board import matrix_of, of_most_sets, table_of
 from ddray.report.costs import unit_costs
 from ddray.report.headline import headline, of_cells
 from ddray.report.plane import make_plane, under_networks
-from ddray.report.runs import RunView, SetView, grouped, read_run
+from ddray.report.runs import RunView, SetView, read_run
 from ddray.report.scored import without_stages
+from ddray.system.grouping import grouped
 from ddray.tables.along import group_of
 from ddray.tables.anomalies import anomalies
 from ddray.tables.columns import generators_of
@@ -152,14 +154,15 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
         def sort_key(cell: Mapping[str, Any], data: list[str] = data, archs: list[str] = archs) -> Any:
             size = int(cell.get("ipc") or cell.get("budget") or 0)
             where = (data.index(cell["dataset"]), str(cell.get("target", "")), size)
-            return (*where, archs.index(cell["arch"]), -(cell["accuracy_mean"] or 0.0))
+            merit = cell.get("spearman" if cell["protocol"] == "nas" else "accuracy_mean")
+            return (*where, archs.index(cell["arch"]), math.inf if merit is None else -merit)
 
         protocol_cells.sort(key=sort_key)
         entries = [_with_sets(cell, sets) for cell in protocol_cells]
         compared = of_most_sets(entries)
         yield {
             "protocol": protocol,
-            "matrix": matrix_of(entries),
+            "matrix": matrix_of(entries if protocol != "nas" else []),  # its accuracies are of architectures
             **table_of(entries),
             "generators": "; ".join(generators_of(entries)),
             "anomalies": anomalies(compared),
@@ -223,7 +226,11 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
     for label in labels:
         method_sets = [view for view in sets if view.label == label]
         method_cells = [cell for cell in without_stages(cells) if cell["method"] == label]
-        reached = [cell for cell in method_cells if cell["accuracy_mean"] is not None]
+        reached = [
+            cell
+            for cell in method_cells
+            if cell["accuracy_mean"] is not None and cell["protocol"] != "nas"  # those are of architectures
+        ]
         pictures = [
             {"title": "; ".join([title, *_learned(distilled.meta)]), "picture": picture}
             for title, views in grouped(method_sets, attrgetter("group")).items()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import load
@@ -19,6 +19,7 @@ from ddray.report.scored import SetsOfRun, conditions_of, file_of, score_cells, 
 from ddray.runs.folder import environments
 from ddray.runs.ledger import Ledger, Row, classes_of
 from ddray.runs.scores import read_scored_set
+from ddray.system.grouping import grouped
 from ddray.tables.along import group_of
 from ddray.tables.table import (
     accuracy_of,
@@ -31,17 +32,6 @@ from ddray.tables.table import (
 from ddray.tables.units import Cell
 
 log = logging.getLogger(__name__)
-
-
-Item = TypeVar("Item")
-
-
-def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
-    """Return the items by key, in order of appearance."""
-    groups: dict[Any, list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ _NOT_SETTINGS: Final = (
     *("archs", "seeds", "seed", "ipc", "protocol", "teachers", "augment", "device", "cpus"),
 )
 """Options that a cell has fields for, or that change no condition."""
-_OF_SET: Final = ("cut", "overridden", "generator")
-"""Fields of a cell that its sets have from how they were distilled."""
 EARLIER: Final = "an earlier set"
 
 
@@ -35,7 +33,10 @@ class SetsOfRun:
         self._folder = folder
         self._sha256 = cache(file_sha256)
         self.rows = {row.key: row for row in rows if row.kind == "distill" and row.status == "done"}
-        self.cells = {key: cell for cell in cells for key in cell.get("sets", ())}
+        self.cells: dict[str, list[Mapping[str, Any]]] = {}
+        for cell in cells:
+            for key in cell.get("sets", ()):
+                self.cells.setdefault(key, []).append(cell)
 
     def key_of(self, name: str) -> str | None:
         """Return the key of the set that a file of this name is of; None if the run has no row for it."""
@@ -65,12 +66,22 @@ class SetsOfRun:
     def departure(self, name: str, stage: str) -> dict[str, Any]:
         """Return what a set's run changed of its preset, as a cell has it: `cut`, `overridden`, `generator`.
 
-        The cut is that of the set which is there now.
+        That is what all cells of the set have: one's evaluation may have changed more. The cut is that of the
+        set which is there now.
         """
-        key = self.key_of(name)
-        source = self.cells.get(key or "") or (self.rows[key].result if key in self.rows else {})
-        names = [field for field in _OF_SET if field in source and not (stage and field == "cut")]
-        return {field: source[field] for field in names}
+        key = self.key_of(name) or ""
+        sources = self.cells.get(key) or ([self.rows[key].result] if key in self.rows else [])
+        cut = _in_all([str(source.get("cut", "")).split("; ") for source in sources])
+        fields = {
+            "cut": "" if stage else "; ".join(cut),
+            "overridden": _in_all([source.get("overridden", ()) for source in sources]),
+            "generator": next((source.get("generator") for source in sources), None),
+        }
+        return {field: value for field, value in fields.items() if value}
+
+
+def _in_all(lists: Sequence[Sequence[str]]) -> list[str]:
+    return [item for item in lists[0] if all(item in other for other in lists)] if lists else []
 
 
 def file_of(folder: Path, key: str | None, row: Row | None) -> Path:
@@ -96,7 +107,7 @@ def score_cells(
         key, stage = sets.key_of(file), sets.stage_of(file, score["artifact_sha256"])
         dataset = sets.rows[key].spec.get("dataset") if key in sets.rows else score["dataset"]
         name = {
-            "method": sets.cells[key]["method"] if key in sets.cells else score["method"],
+            "method": str(sets.cells[key][0]["method"]) if key in sets.cells else score["method"],
             "dataset": str(dataset),
             **size_fields(score),
             "protocol": score["protocol"],
