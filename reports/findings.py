@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from ddray.drawing.text import listed, percent_short, size_of
 from ddray.evaluation.published import read_numbers
+from ddray.ranking.figures_of_merit import TOO_FEW, is_telling
+from ddray.system.grouping import grouped
+from ddray.tables.table import is_tied
 
 Part = Mapping[str, Any]
-
-
-def percent(mean: float | None, std: float | None = None) -> str:
-    """Return a fraction in percent with one decimal, and its deviation if there is one; `-` for None."""
-    if mean is None:
-        return "-"
-    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
-
-
-def listed(words: Sequence[str]) -> str:
-    """Return `a`, `a and b`, or `a, b and c`."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def accuracies(part: Part) -> str:
     """Name the best method beside random images, and methods whose numbers are the same."""
     rows = {row["method"]: row for row in part["rows"]}
     best = max(rows.values(), key=lambda row: row["mean"])
-    text = f"`{best['method']}` is best with {percent(best['mean'])} %"
+    text = f"`{best['method']}` is best with {percent_short(best['mean'])} %"
     text += "".join(
-        f", {words} {percent(rows[name]['mean'])} %"
+        f", {words} {percent_short(rows[name]['mean'])} %"
         for name, words in (("class_mean", "a class's mean image reaches"), ("random", "random images"))
         if name in rows and name != best["method"]
     )
@@ -63,7 +55,10 @@ def search(part: Part) -> str:
 
 def ranking(part: Part) -> str:
     """Name the best proxy, how many others can't be told from it, and how many say nothing."""
-    rows = [row for row in part["result"]["proxies"] if row["spearman_ci95"] is not None]
+    proxies = [row for row in part["result"]["proxies"] if row["spearman_ci95"] is not None]
+    rows = [row for row in proxies if is_telling(row, "spearman")]
+    if not rows:
+        return f"{part['result']['num_archs']} architectures: {TOO_FEW}."
     best = max(rows, key=lambda row: row["spearman"])
     low, high = best["spearman_ci95"]
     others = sum(row["spearman_ci95"][1] >= low for row in rows) - 1
@@ -87,32 +82,22 @@ def proxy(row: Mapping[str, Any]) -> str:
 
 def column_of(cell: Mapping[str, Any], several_datasets: bool) -> str:
     """Return the column of a bench's cell: size, protocol, target, and dataset where there are several."""
-    size = f"ipc {cell['ipc']}" if cell.get("ipc") else f"budget {cell['budget']}"
     target = f" on {cell['target']}" if cell.get("target") else ""
     dataset = f"{cell['dataset']}, " if several_datasets else ""
-    return f"{dataset}{size}, `{cell.get('protocol', 'hard')}`{target}"
-
-
-def within_error(best: Mapping[str, Any], cell: Mapping[str, Any]) -> bool:
-    """Return whether a cell is within a standard error (of the difference) of the best one."""
-    errors = [each.get("standard_error") or 0.0 for each in (best, cell)]
-    return bool(best["accuracy_mean"] - cell["accuracy_mean"] <= math.hypot(*errors))
+    return f"{dataset}{size_of(cell)}, `{cell.get('protocol', 'hard')}`{target}"
 
 
 def winners(cells: Iterable[Mapping[str, Any]], column: Callable[[Mapping[str, Any]], str]) -> str:
     """Name the columns that each method is best in, beside random images and what is within its error."""
-    columns: dict[str, list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        columns.setdefault(column(cell), []).append(cell)
     wins: dict[str, list[str]] = {}
-    for name, rows in columns.items():
+    for name, rows in grouped(cells, column).items():
         best = max(rows, key=lambda cell: cell["accuracy_mean"])
-        text = f"{percent(best['accuracy_mean'])} %"
-        equal = sum(within_error(best, cell) for cell in rows) - 1
+        text = f"{percent_short(best['accuracy_mean'])} %"
+        equal = sum(is_tied(cell, best) for cell in rows) - 1
         text += f", {equal} other{'s' * (equal > 1)} within its error" if equal else ""
         baseline = next((cell for cell in rows if str(cell["method"]).startswith("random")), best)
         if baseline is not best:
-            text += f", {baseline['method']} {percent(baseline['accuracy_mean'])}"
+            text += f", {baseline['method']} {percent_short(baseline['accuracy_mean'])}"
         wins.setdefault(str(best["method"]), []).append(f"{name} ({text})")
     return "; ".join(f"**{method}** is best at {listed(names)}" for method, names in wins.items()) + "."
 

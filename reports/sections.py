@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from ddray.drawing.text import percent_short, size_of
+from ddray.ranking.figures_of_merit import is_telling
+from ddray.report.board import Mark, matrix_by
+from ddray.tables.columns import Entry
 from reports import findings
-from reports.findings import Part, percent, within_error
+from reports.findings import Part
 from reports.tables import TITLES, described
 
 DATASETS = ("digits", "mnist", "cifar10")
@@ -68,7 +72,7 @@ def _accuracies(part: Part, with_published: bool) -> list[str]:
     rows = [
         (
             row["method"],
-            percent(row["mean"], row["std"]),
+            percent_short(row["mean"], row["std"]),
             f"{row['sets']} x {row['n'] // row['sets']}",
             *[findings.published(row["method"].split()[0].rstrip(","))] * with_published,
         )
@@ -81,7 +85,11 @@ def search(part: Part) -> list[str]:
     """Return the preset's and the best trial's accuracies of a search, and the best settings."""
     result, preset, best = part["result"], part["result"]["paper_point"], part["result"]["best"]
     rows = [
-        (label, percent(val["val_accuracy"]), percent(test["test_accuracy_mean"], test["test_accuracy_std"]))
+        (
+            label,
+            percent_short(val["val_accuracy"]),
+            percent_short(test["test_accuracy_mean"], test["test_accuracy_std"]),
+        )
         for label, val, test in (("preset", preset, preset), ("best trial", best, result))
     ]
     settings = (f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in best["config"].items())
@@ -97,18 +105,20 @@ def search(part: Part) -> list[str]:
 def ranking(part: Part) -> list[str]:
     """Return a table of rank correlations, and the scatter plot."""
 
-    def rho(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
+    def rho(row: Mapping[str, Any], name: str) -> str:
+        if not is_telling(row, name):
+            return "too few"
+        return "-" if row[name] is None else f"{row[name]:.2f}"
 
     result, rows = part["result"], []
     for row in result["proxies"]:
-        low, high = row["spearman_ci95"] or (None, None)
+        interval = row["spearman_ci95"] if is_telling(row, "spearman") else None
         rows.append(
             (
                 findings.proxy(row),
-                f"{rho(row['spearman'])} [{rho(low)}, {rho(high)}]",
-                *(rho(row["spearman_top20"]), rho(row["kendall"])),
-                *(percent(row["top1_truth_accuracy"]), str(row["num_at_chance"])),
+                rho(row, "spearman") + (" [{:.2f}, {:.2f}]".format(*interval) if interval else ""),
+                *(rho(row, "spearman_top20"), rho(row, "kendall")),
+                *(percent_short(row["top1_truth_accuracy"]), str(row["num_at_chance"])),
                 *(f"{row['storage_images']:,.0f}", f"{row['wall_s']:.0f}"),
             )
         )
@@ -124,7 +134,7 @@ def ranking(part: Part) -> list[str]:
     )
     truth = result["truth"]
     spent = f", {truth['wall_s']:.0f} s of training" if "wall_s" in truth else ""
-    best = percent(result["proxies"][0]["best_truth_accuracy"])
+    best = percent_short(result["proxies"][0]["best_truth_accuracy"])
     return [
         *table(head, rows),
         "Its pick: the true accuracy of the architecture that the proxy ranks first "
@@ -140,14 +150,13 @@ def bench(name: str) -> Lines:
     """Return the lines of a paper's table, scaled down, with its spec."""
 
     def lines(part: Part) -> list[str]:
-        several = len({cell["dataset"] for cell in part["cells"]}) > 1
-        cells = {(cell["method"], findings.column_of(cell, several)): cell for cell in part["cells"]}
-        number = cells[next(iter(cells))]["n"]
+        cells = part["cells"]
+        several = len({cell["dataset"] for cell in cells}) > 1
         return [
             *(described(name), ""),
-            *_matrix(cells),
-            f"Test accuracy in percent of {number} networks; **bold**: the best, and what is within its "
-            f"error. {part['num_failed']} units failed; {part['wall_s']:.0f} s. "
+            *_matrix(cells, lambda cell: findings.column_of(cell, several)),
+            f"Test accuracy in percent of {cells[0]['n']} networks; **bold**: the best, and what is within "
+            f"its error. {part['num_failed']} units failed; {part['wall_s']:.0f} s. "
             f"`{_bench_command(part, name)}` ([the spec](specs/{name}.yaml)).",
         ]
 
@@ -160,31 +169,31 @@ def _bench_command(part: Part, name: str) -> str:
     return stored.replace("FILE", f"reports/specs/{name}.yaml")
 
 
-def _matrix(cells: Mapping[tuple[str, Any], Mapping[str, Any]]) -> list[str]:
+def _matrix(cells: Sequence[Entry], column: Callable[[Entry], str]) -> list[str]:
     """Return accuracies by method and column, in bold what is within the error of a column's best."""
-    methods, columns = (list(dict.fromkeys(key[i] for key in cells)) for i in (0, 1))
-    best = {
-        column: max((c for key, c in cells.items() if key[1] == column), key=lambda c: c["accuracy_mean"])
-        for column in columns
-    }
 
-    def text(method: str, column: Any) -> str:
-        cell = cells.get((method, column))
-        number = "-" if cell is None else percent(cell["accuracy_mean"], cell["accuracy_std"])
-        return f"**{number}**" if cell is not None and within_error(best[column], cell) else number
+    def text(mark: Mark | None) -> str:
+        if mark is None:
+            return "-"
+        number = percent_short(mark.entry["accuracy_mean"], mark.entry["accuracy_std"])
+        return f"**{number}**" if mark.is_best else number
 
-    return table(("method", *columns), [(method, *(text(method, c) for c in columns)) for method in methods])
+    matrix = matrix_by(cells, column, column)
+    rows, methods = dict(matrix.rows), dict.fromkeys(str(cell["method"]) for cell in cells)
+    return table(("method", *matrix.heads), [(method, *map(text, rows[method])) for method in methods])
 
 
 def leaderboard(part: Part) -> list[str]:
     """Return accuracies, and LRS / ARS where measured, by method and column."""
 
-    def cells_of(protocol: str) -> dict[tuple[str, str], Mapping[str, Any]]:
+    def cells_of(protocol: str) -> list[Entry]:
         cells = [cell for cell in part["cells"] if cell["protocol"] == protocol]
-        cells.sort(key=lambda cell: (DATASETS.index(cell["dataset"]), cell["ipc"]))
-        return {(c["method"], f"{c['dataset']} ipc {c['ipc']}, {c['arch']}"): c for c in cells}
+        return sorted(cells, key=lambda cell: (DATASETS.index(cell["dataset"]), cell["ipc"]))
 
-    robust = cells_of("robust")
+    def column(cell: Entry) -> str:
+        return f"{cell['dataset']} {size_of(cell)}, {cell['arch']}"
+
+    robust = {(cell["method"], column(cell)): cell for cell in cells_of("robust")}
     methods, columns = (list(dict.fromkeys(key[i] for key in robust)) for i in (0, 1))
     scores = [
         (
@@ -200,7 +209,7 @@ def leaderboard(part: Part) -> list[str]:
     ]
     end = f"{part['num_failed']} units failed; {part['wall_s']:.0f} s. `{part['command']}`."
     return [
-        *_matrix(cells_of("hard")),
+        *_matrix(cells_of("hard"), column),
         LEADERBOARD,
         "",
         ROBUST,

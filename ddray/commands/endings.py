@@ -56,7 +56,7 @@ def _size(size_bytes: int | None, made_of: dict[str, int] | None) -> dict[str, s
 
 def evaluation(file: Path, result: EvaluateResult) -> list[Any]:
     """Return an evaluation's picture and tables, and the next step: the page of the run it is noted in."""
-    picture, folder = file.with_suffix(".png"), result.recorded_in or result.run_dir
+    picture, folder = file.with_suffix(".png"), result.run_dir or result.recorded_in
     name = result.name or file.stem
     return [
         *([f"picture: {typed(picture)}"] if picture.is_file() else []),

@@ -1,6 +1,6 @@
 """Numbers and sizes as people read them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -21,3 +21,14 @@ def size_of(cell: Mapping[str, Any]) -> str:
     if "budget" in cell:
         return f"{cell['budget']} images"
     return f"ipc {cell['ipc']}" if "ipc" in cell else ""
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Return settings as `epochs=300, teacher.epochs=30`; those under `sets` have such texts already."""
+    texts = (value if name == "sets" else [f"{name}={value}"] for name, value in settings.items())
+    return ", ".join(text for each in texts for text in each)
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return `a`, `a and b`, or `a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -50,6 +50,7 @@ def _score(meta: Meta, dataset: str, options: EvaluateOptions, result: EvaluateR
         "method": meta.method,
         "dataset": dataset,
         "ipc": options.ipc or meta.ipc,
+        "budget": meta.budget,
         "protocol": result.protocol,
         "split": result.split,
         "recipe": result.dump().get("recipe"),

@@ -37,6 +37,7 @@ from ddray.runs.executor import Executor, Outcome, Task, WorkerPool
 from ddray.runs.folder import Run, open_run
 from ddray.runs.ledger import Row
 from ddray.runs.results import write_results
+from ddray.runs.scores import note_scored_set
 from ddray.system.files import write_text
 from ddray.system.progress import progress
 from ddray.training.recipe import RECIPES, Recipe, named_recipe
@@ -151,7 +152,10 @@ def evaluate_in_run(
         raise
     finally:
         forget()
-    return record_score(path, sets, target.name, options, _finish(evaluation, prepared))
+    result = record_score(path, sets, target.name, options, _finish(evaluation, prepared))
+    if result.recorded_in is not None:
+        note_scored_set(run.folder, path, Path(result.recorded_in))
+    return result
 
 
 def _config(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -66,14 +66,24 @@ def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFra
             result["space"],
             result.get("dataset"),
             result["num_archs"],
-            {figures["proxy"]: figures["spearman"] for figures in result["proxies"]},
+            telling_correlations(result["proxies"]),
         ),
+        is_telling=is_telling,
+        too_few=TOO_FEW,
         result=result,
         lines=summary(result),
         proxies=proxies,
         choices=choices,
         failures=_records(table[table["failed"].astype(bool)]),
     )
+
+
+def telling_correlations(rankings: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return the Spearman correlation of each proxy; None if undefined or over too few architectures."""
+    return {
+        figures["proxy"]: figures["spearman"] if is_telling(figures, "spearman") else None
+        for figures in rankings
+    }
 
 
 def sweep_title(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,8 +12,9 @@ import pandas as pd
 
 from ddray.drawing.html import text_uri
 from ddray.drawing.text import size_of
-from ddray.report.runs import grouped
+from ddray.system.grouping import grouped
 from ddray.tables.columns import Column, Entry, columns_of, csv_row
+from ddray.tables.table import is_tied
 
 _FIRST: Final = ("method", "accuracy_mean")
 """The table's first columns: what is read on a phone."""
@@ -42,12 +43,22 @@ class Matrix:
     rows: tuple[tuple[str, tuple[Mark | None, ...]], ...]
 
     def leaders(self) -> list[str]:
-        """Return each column's method with the highest mean."""
-        columns = zip(*(marks for _, marks in self.rows), strict=True)
-        return [
-            max(filter(None, column), key=lambda mark: float(mark.entry["accuracy_mean"])).entry["method"]
-            for column in columns
+        """Return the methods with each column's highest mean, as often as they have it."""
+        columns = [
+            [mark for _, marks in self.rows if (mark := marks[index])] for index in range(len(self.heads))
         ]
+        best = [max(float(mark.entry["accuracy_mean"]) for mark in column) for column in columns]
+        return [
+            str(mark.entry["method"])
+            for column, mean in zip(columns, best, strict=True)
+            for mark in column
+            if mark.entry["accuracy_mean"] == mean
+        ]
+
+    @property
+    def has_cuts(self) -> bool:
+        """Whether a cell was cut to less than its preset's budget."""
+        return any(mark is not None and mark.entry.get("cut") for _, marks in self.rows for mark in marks)
 
 
 def of_most_sets(entries: Sequence[Entry]) -> list[Entry]:
@@ -65,16 +76,27 @@ def matrix_of(entries: Sequence[Entry]) -> Matrix:
     places = grouped(entries, _place)
     telling = [name for name in _CONDITIONS if any(_varies(group, name) for group in places.values())]
     varying = [name for name in _PLACE if _varies(entries, name)]
-    columns = grouped(entries, lambda entry: (*_place(entry), *(_text(entry, name) for name in telling)))
+    return matrix_by(
+        entries,
+        lambda entry: (*_place(entry), *(_text(entry, name) for name in telling)),
+        lambda entry: _head(entry, [*varying, *telling]),
+    )
+
+
+def matrix_by(
+    entries: Sequence[Entry], column_of: Callable[[Entry], Any], head_of: Callable[[Entry], str]
+) -> Matrix:
+    """Return the matrix of cells that all have an accuracy, by method and a column of one's own."""
+    columns = grouped(entries, column_of)
     marks: dict[str, list[Mark | None]] = {str(entry["method"]): [None] * len(columns) for entry in entries}
     behind: dict[str, list[float]] = {method: [] for method in marks}
     for index, group in enumerate(columns.values()):
         best = max(group, key=lambda entry: float(entry["accuracy_mean"]))
         for entry in group:
-            marks[str(entry["method"])][index] = Mark(entry, _is_tied(entry, best))
+            marks[str(entry["method"])][index] = Mark(entry, is_tied(entry, best))
             behind[str(entry["method"])].append(best["accuracy_mean"] - entry["accuracy_mean"])
-    heads = tuple(_head(group[0], [*varying, *telling]) for group in columns.values())
     ranked = sorted(marks, key=lambda method: (-len(behind[method]), math.fsum(behind[method])))
+    heads = tuple(head_of(group[0]) for group in columns.values())
     return Matrix(heads, tuple((method, tuple(marks[method])) for method in ranked))
 
 
@@ -93,14 +115,10 @@ def _varies(entries: Sequence[Entry], name: str) -> bool:
 
 
 def _head(entry: Entry, names: Sequence[str]) -> str:
-    parts = [_text(entry, name) for name in names]
-    return ", ".join(filter(None, parts)) or "accuracy"
-
-
-def _is_tied(entry: Entry, best: Entry) -> bool:
-    """Return whether a cell is the best, or no worse by more than the standard error of their difference."""
-    error = math.hypot(*(one.get("standard_error") or 0.0 for one in (entry, best)))
-    return bool(best["accuracy_mean"] - entry["accuracy_mean"] <= error)
+    parts = list(filter(None, (_text(entry, name) for name in names)))
+    if not parts and "target" in names:
+        parts = [f"on {entry['dataset']}"]
+    return ", ".join(parts) or ("default settings" if {*names} & {*_CONDITIONS} else "accuracy")
 
 
 def table_of(entries: Sequence[Entry]) -> dict[str, Any]:

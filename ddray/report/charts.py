@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from ddray.drawing.html import COLOURS, to_html
-from ddray.report.runs import RunView, Scored, grouped
+from ddray.report.runs import RunView, Scored
+from ddray.system.grouping import grouped
 from ddray.tables.spec import MethodSpec
 from ddray.tables.table import accuracy_of
 

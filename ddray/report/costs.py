@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ddray.report.runs import RunView, grouped, name_of
+from ddray.report.runs import RunView, name_of
 from ddray.runs.costs import device_seconds
 from ddray.runs.ledger import Ledger, Row
+from ddray.system.grouping import grouped
 
 _MAX_UNITS: Final = 100
 

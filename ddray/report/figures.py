@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ddray.drawing.html import COLOURS, GREY, to_html
 from ddray.report.plane import Plane
-from ddray.report.runs import RunView, SetView, grouped
+from ddray.report.runs import RunView, SetView
+from ddray.system.grouping import grouped
 from ddray.tables.along import curve, curve_names
 
 _MAX_COLOURS: Final = 20

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,13 +21,16 @@ from ddray.drawing.images import grid_uri, images_along, page_picture
 from ddray.drawing.text import size_of
 from ddray.errors import DdrayError, InputError
 from ddray.methods import get_method
+from ddray.ranking.figures_of_merit import TOO_FEW, is_telling
 from ddray.ranking.report import scatter_plot
 from ddray.report import charts, figures
 from ddray.report.board import matrix_of, of_most_sets, table_of
 from ddray.report.costs import unit_costs
 from ddray.report.headline import headline, of_cells
 from ddray.report.plane import make_plane, under_networks
-from ddray.report.runs import RunView, SetView, grouped, read_run
+from ddray.report.runs import RunView, SetView, read_run
+from ddray.report.scored import without_stages
+from ddray.system.grouping import grouped
 from ddray.tables.along import group_of
 from ddray.tables.anomalies import anomalies
 from ddray.tables.columns import generators_of
@@ -150,14 +154,15 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
         def sort_key(cell: Mapping[str, Any], data: list[str] = data, archs: list[str] = archs) -> Any:
             size = int(cell.get("ipc") or cell.get("budget") or 0)
             where = (data.index(cell["dataset"]), str(cell.get("target", "")), size)
-            return (*where, archs.index(cell["arch"]), -(cell["accuracy_mean"] or 0.0))
+            merit = cell.get("spearman" if cell["protocol"] == "nas" else "accuracy_mean")
+            return (*where, archs.index(cell["arch"]), math.inf if merit is None else -merit)
 
         protocol_cells.sort(key=sort_key)
         entries = [_with_sets(cell, sets) for cell in protocol_cells]
         compared = of_most_sets(entries)
         yield {
             "protocol": protocol,
-            "matrix": matrix_of(entries),
+            "matrix": matrix_of(entries if protocol != "nas" else []),  # its accuracies are of architectures
             **table_of(entries),
             "generators": "; ".join(generators_of(entries)),
             "anomalies": anomalies(compared),
@@ -171,6 +176,8 @@ def _leaderboards(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -
 
 def _with_sets(cell: Mapping[str, Any], sets: Sequence[SetView]) -> dict[str, Any]:
     """Return a cell with the storage and the seconds of its sets, which older runs' cells lack."""
+    if "stage" in cell:
+        return dict(cell)
     where = (cell["method"], cell["dataset"], size_of(cell))
     cell_sets = [view for view in sets if (view.label, view.dataset, view.size) == where]
     times = [view.wall_s for view in cell_sets if view.wall_s is not None]
@@ -218,7 +225,12 @@ def _methods(cells: Sequence[Mapping[str, Any]], sets: Sequence[SetView]) -> Ite
     labels = dict.fromkeys([*(str(cell["method"]) for cell in cells), *(view.label for view in sets)])
     for label in labels:
         method_sets = [view for view in sets if view.label == label]
-        reached = [cell for cell in cells if cell["method"] == label and cell["accuracy_mean"] is not None]
+        method_cells = [cell for cell in without_stages(cells) if cell["method"] == label]
+        reached = [
+            cell
+            for cell in method_cells
+            if cell["accuracy_mean"] is not None and cell["protocol"] != "nas"  # those are of architectures
+        ]
         pictures = [
             {"title": "; ".join([title, *_learned(distilled.meta)]), "picture": picture}
             for title, views in grouped(method_sets, attrgetter("group")).items()
@@ -280,11 +292,18 @@ def _rankings(run: RunView) -> Iterator[dict[str, Any]]:
         for proxy, proxy_rows in table.groupby("proxy", sort=False):
             both = proxy_rows[["proxy_accuracy", "truth_accuracy"]].dropna()
             rho: Any = both.corr(method="spearman").iloc[0, 1] if len(both) > 2 else None
+            figures = {"num_archs": len(both), "spearman": None if pd.isna(rho) else float(rho)}
+            if not is_telling(figures, "spearman"):
+                result = f"{len(both)} architectures: {TOO_FEW}"
+            elif figures["spearman"] is None:
+                result = f"{len(both)} architectures: no correlation is defined"
+            else:
+                result = f"Spearman {rho:.3g} over {len(both)} architectures"
             yield {
                 "title": f"{folder.name}: {proxy}",
                 "proxy": str(proxy),
-                "spearman": None if pd.isna(rho) else float(rho),
-                "num_archs": len(both),
+                **figures,
+                "result": result,
                 "html": scatter_plot(proxy_rows),
             }
 

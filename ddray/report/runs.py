@@ -5,35 +5,33 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from ddray.artifact.distilled_set import RESULT, DistilledSet
+from ddray.artifact.distilled_set import DistilledSet
 from ddray.artifact.reading import load
 from ddray.config import read_yaml
 from ddray.drawing.text import size_of
 from ddray.errors import InputError
-from ddray.report.scored import score_cells
+from ddray.report.scored import SetsOfRun, conditions_of, file_of, score_cells, size_fields
 from ddray.runs.folder import environments
 from ddray.runs.ledger import Ledger, Row, classes_of
+from ddray.runs.scores import read_scored_set
+from ddray.system.grouping import grouped
 from ddray.tables.along import group_of
-from ddray.tables.table import accuracy_of, cells_of, drop_scaled_differences, failure_of, names_of
+from ddray.tables.table import (
+    accuracy_of,
+    cells_of,
+    drop_scaled_differences,
+    failure_of,
+    names_of,
+    standard_error,
+)
 from ddray.tables.units import Cell
 
 log = logging.getLogger(__name__)
-
-
-Item = TypeVar("Item")
-
-
-def grouped(items: Iterable[Item], key: Callable[[Item], Any]) -> dict[Any, list[Item]]:
-    """Return the items by key, in order of appearance."""
-    groups: dict[Any, list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def read_run(folder: Path) -> RunView:
     cells_file = _read_cells(folder)
     failed = [failure_of(name_of(row), row) for row in rows if row.status == "failed"]
     planned = _planned(folder)
-    cells = cells_file.get("cells") or _unfinished_cells(planned, config, rows)
+    cells = cells_file.get("cells") or _unfinished_cells(folder, planned, config, rows)
     cells = [*cells, *score_cells(folder, rows, cells)]
     done = {row.key: row for row in rows if row.status == "done"}
     return RunView(
@@ -229,11 +227,11 @@ def _planned(folder: Path) -> list[Cell]:
 
 
 def _unfinished_cells(
-    planned: list[Cell], config: Mapping[str, Any], rows: tuple[Row, ...]
+    folder: Path, planned: list[Cell], config: Mapping[str, Any], rows: tuple[Row, ...]
 ) -> list[dict[str, Any]]:
-    """Return the cells of a run without cells.json: an unfinished bench, or a search's final scores."""
+    """Return the cells of a run without cells.json: an unfinished bench, a search's final scores, scores."""
     if not planned:
-        return list(_cells(str(config.get("command")), str(config.get("dataset", "")), rows))
+        return list(_cells(folder, config, rows))
     cells = cells_of(planned, {row.key: row for row in rows}.get)
     drop_scaled_differences(cells, str(config.get("scale", "paper")))
     return cells
@@ -254,33 +252,50 @@ def name_of(row: Row) -> str:
     return f"{text}, {classes_of(spec)}" if row.kind == "shard" else text
 
 
-def _cells(command: str, dataset: str, rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the cells of evaluation rows; `dataset` fills in for a search's rows, which do not name it."""
+def _cells(folder: Path, config: Mapping[str, Any], rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the cells of evaluation rows; the rows of a search do not name its dataset.
 
-    def name(row: Row) -> tuple[Any, ...]:
-        label = _searched(row, rows) if command == "tune" else row.spec.get("method")
+    An evaluation in a folder of its own has a row per network, which names the set.
+    """
+    stage, departure = _scored_set(folder)
+
+    def name(row: Row) -> dict[str, Any]:
         spec, options = row.spec, row.spec.get("options", {})
-        name_parts = (
-            label,
-            spec.get("dataset", dataset),
-            options.get("protocol", "hard"),
-            row.result["arch"],
-        )
-        return (*name_parts, size_of(spec), spec.get("target"), str(options.get("teachers", "")))
+        on = spec.get("dataset", config.get("dataset", ""))
+        conditions = {} if "schedule" in spec else conditions_of(options, spec.get("split", "test"), stage)
+        return {
+            "method": _searched(row, rows) if config.get("command") == "tune" else spec.get("method"),
+            "dataset": on,
+            **size_fields(spec),
+            "protocol": options.get("protocol", "hard"),
+            "arch": row.result["arch"],
+            **conditions,
+            **({} if spec.get("target", on) == on else {"target": spec["target"]}),
+        }
 
     scored_rows = [row for row in rows if row.kind == "evaluate" and row.status == "done"]
-    for (label, on, protocol, arch, *_), group_rows in grouped(scored_rows, name).items():
-        spec = group_rows[0].spec
+    for group_rows in grouped(scored_rows, lambda row: tuple(name(row).items())).values():
+        by_set = grouped(group_rows, lambda row: row.spec.get("set", row.key))
+        per_set = [[value for row in each for value in row.result["per_seed"]] for each in by_set.values()]
         yield {
-            "method": label,
-            "dataset": on,
-            **{name: spec[name] for name in ("ipc", "budget") if name in spec},
-            "protocol": protocol,
-            "arch": arch,
-            **accuracy_of([value for row in group_rows for value in row.result["per_seed"]]),
-            "num_sets": len(group_rows),
+            **name(group_rows[0]),
+            **accuracy_of([value for values in per_set for value in values]),
+            "num_sets": len(per_set),
+            "standard_error": standard_error(per_set),
+            **departure,
             "sets": [key for row in group_rows for key in _sets_behind(row, rows)],
         }
+
+
+def _scored_set(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return which stage of its run's set an evaluation scored, and what that run changed of its preset."""
+    note = read_scored_set(folder)
+    if not note:
+        return "", {}
+    run, file = Path(note["run"]), note["artifact"]
+    sets = SetsOfRun(run, Ledger(run).rows(), _read_cells(run).get("cells", ()))
+    stage = sets.stage_of(file, note["artifact_sha256"])
+    return stage, sets.departure(file, stage)
 
 
 def _sets_behind(row: Row, rows: tuple[Row, ...]) -> list[str]:
@@ -311,10 +326,7 @@ def _sets(
         for key in cell.get("sets", ()):
             labels.setdefault(key, {})[str(cell["method"])] = None
     for row in rows:
-        path = folder / "artifacts" / f"{row.key}.pt"
-        if row.kind == "distill" and "artifact" in row.result:
-            path = folder / row.result["artifact"]
-            path = path if path.is_file() else folder / RESULT  # the run was moved
+        path = file_of(folder, row.key, row)
         if row.status != "done" or not path.is_file():
             continue
         # `distill --out` may put the set anywhere; its loss curve is in the run folder.

@@ -1,4 +1,4 @@
-"""scores.jsonl: what `ddray evaluate` measured of a run's sets, one line per evaluation."""
+"""What `ddray evaluate` measured: scores.jsonl of the set's run, and set.json of a run of its own."""
 
 import json
 import logging
@@ -11,7 +11,8 @@ from ddray.system.files import append_line, file_sha256, home, read_json_lines, 
 
 log = logging.getLogger(__name__)
 _FILE: Final = "scores.jsonl"
-_KEYS: Final = {"artifact", "method", "dataset", "ipc", "protocol", "split", "options", "results"}
+_KEYS: Final = {"artifact", "artifact_sha256", "method", "dataset", "ipc", "protocol", "split", "options", "results"}
+_SCORED_SET: Final = "set.json"
 _DEPTH: Final = 2  # a set lies in its run's folder, or in a folder of that
 
 
@@ -19,9 +20,9 @@ def append_score(folder: Path, score: Mapping[str, Any]) -> None:
     """Append an evaluation to the record of the run in `folder`; lines of several processes don't mix.
 
     A score has the keys `artifact` (the set's file name), `artifact_sha256`, `method`, `dataset`, `ipc`,
-    `protocol`, `split`, `recipe` (of protocol `soft`, else None), `options` (those that are not at their
-    default), `results` (as `ddray evaluate --json` has them), `command` (the words that were typed) and
-    `time` (ISO 8601, UTC).
+    `budget` (None for a set of a size per class), `protocol`, `split`, `recipe` (of protocol `soft`, else
+    None), `options` (those that are not at their default), `results` (as `ddray evaluate --json` has them),
+    `command` (the words that were typed) and `time` (ISO 8601, UTC).
 
     Raises:
         StorageError: the line can't be written.
@@ -45,6 +46,25 @@ def _is_score(line: object) -> bool:
     if not isinstance(line, dict) or not line.keys() >= _KEYS:
         return False
     return all(isinstance(one, dict) and {"arch", "per_seed"} <= one.keys() for one in line["results"])
+
+
+def note_scored_set(evaluation: Path, set_file: Path, folder: Path) -> None:
+    """Note in an evaluation's own run folder which set it scored, and the run in `folder` that wrote it.
+
+    Raises:
+        StorageError: the note can't be written.
+    """
+    note = {"run": str(folder), "artifact": set_file.name, "artifact_sha256": file_sha256(set_file)}
+    write_text(evaluation / _SCORED_SET, json.dumps(note))
+
+
+def read_scored_set(evaluation: Path) -> dict[str, str]:
+    """Return an evaluation's note of its set: `run`, `artifact` and `artifact_sha256`; empty without one."""
+    try:
+        note: dict[str, str] = json.loads((evaluation / _SCORED_SET).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # of no run, of an older version, or damaged
+        return {}
+    return note
 
 
 def remember_run(artifact: Path, folder: Path) -> None:

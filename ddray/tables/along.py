@@ -10,6 +10,7 @@ from ddray.drawing.html import COLOURS
 from ddray.drawing.plots import save_plot
 from ddray.drawing.text import size_of
 from ddray.system.files import write_text
+from ddray.system.grouping import grouped
 from ddray.tables.columns import MEASURED, name_columns
 
 if TYPE_CHECKING:
@@ -48,9 +49,7 @@ def write_along(folder: Path, cells: Sequence[Mapping[str, Any]]) -> None:
         return
     points = [{**cell, **point} for cell in cells for point in cell["along"]]
     _write_csv(folder / "along.csv", points, ("step", "accuracy_mean", "accuracy_std", "n"))
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        groups.setdefault(group_of(cell), []).append(cell)
+    groups = grouped(cells, group_of)
 
     def draw(figure: Figure) -> None:
         grid = figure.subplots(len(groups), squeeze=False)[:, 0]

@@ -1,13 +1,13 @@
 """What looks wrong in a table, one sentence each: its reader should not have to find it."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
-from ddray.drawing.text import percent
+from ddray.drawing.text import listed, percent, size_of
+from ddray.system.grouping import grouped
+from ddray.tables.columns import Entry
 
-Entry = Mapping[str, Any]
-"""A cell of the command's JSON."""
 _SCORED_AS: Final = ("dataset", "target", "protocol", "teacher", "augment", "settings", "arch")
 _SIZES: Final = ("ipc", "budget")
 _RANDOM: Final = ("random", "random_ssl")
@@ -23,19 +23,16 @@ def anomalies(cells: Iterable[Entry]) -> list[str]:
         cell for cell in cells if cell.get("accuracy_mean") is not None and cell.get("protocol") != "nas"
     ]
     sentences: list[str] = []
-    for alike in _grouped(scored, _SCORED_AS + _SIZES):
+    for alike in grouped(scored, lambda cell: (_alike(cell), size_of(cell))).values():
         sentences += (*_below_random(alike), *_ties(alike))
-    for alike in _grouped(scored, (*_SCORED_AS, "method")):
+    for alike in grouped(scored, lambda cell: (_alike(cell), cell["method"])).values():
         sentences += _falls(alike)
     sentences += map(_without_spread, filter(_has_no_spread, scored))
     return sentences
 
 
-def _grouped(cells: Iterable[Entry], names: tuple[str, ...]) -> Iterable[list[Entry]]:
-    groups: dict[tuple[Any, ...], list[Entry]] = {}
-    for cell in cells:
-        groups.setdefault(tuple(cell.get(name) for name in names), []).append(cell)
-    return groups.values()
+def _alike(cell: Entry) -> tuple[Any, ...]:
+    return tuple(cell.get(name) for name in _SCORED_AS)
 
 
 def _below_random(cells: list[Entry]) -> Iterator[str]:
@@ -58,18 +55,19 @@ def _ties(cells: list[Entry]) -> Iterator[str]:
     ):
         rows = [str(cell["method"]) for cell in tied]
         if len(rows) > 1:
-            listed = f"{', '.join(rows[:-1])} and {rows[-1]}"
-            yield f"{listed} tie {_where(cells[0])}: each scores {percent(score)} %."
+            yield f"{listed(rows)} tie {_where(cells[0])}: each scores {percent(score)} %."
 
 
 def _falls(cells: list[Entry]) -> Iterator[str]:
     """Yield between which sizes a row falls."""
-    in_order = sorted(cells, key=lambda cell: _size(cell)[1])
-    for smaller, larger in itertools.pairwise(in_order):
-        if larger["accuracy_mean"] < smaller["accuracy_mean"] and _size(smaller)[0] == _size(larger)[0]:
-            name, size = _size(smaller)
+    for name in _SIZES:
+        in_order = sorted((cell for cell in cells if cell.get(name)), key=lambda cell: int(cell[name]))
+        for smaller, larger in itertools.pairwise(in_order):
+            if larger["accuracy_mean"] >= smaller["accuracy_mean"]:
+                continue
             yield (
-                f"{larger['method']} falls from {name} {size} to {_size(larger)[1]} on {_scored_on(larger)}: "
+                f"{larger['method']} falls from {size_of(smaller)} to {size_of(larger)} on "
+                f"{_scored_on(larger)}: "
                 f"{_score(smaller)} to {_score(larger)}{_within_error(smaller, larger)}."
             )
 
@@ -82,14 +80,9 @@ def _without_spread(cell: Entry) -> str:
     return f"{cell['method']} has no spread {_where(cell)}: all {cell['n']} networks score {_score(cell)}."
 
 
-def _size(cell: Entry) -> tuple[str, int]:
-    name = next((name for name in _SIZES if cell.get(name)), "ipc")
-    return name, int(cell.get(name) or 0)
-
-
 def _where(cell: Entry) -> str:
-    name, size = _size(cell)
-    return f"on {_scored_on(cell)}" + (f" at {name} {size}" if size else "")
+    size = size_of(cell)
+    return f"on {_scored_on(cell)}" + (f" at {size}" if size else "")
 
 
 def _scored_on(cell: Entry) -> str:

@@ -168,7 +168,7 @@ def csv_row(entry: Entry) -> dict[str, Any]:
     """Return a cell's line in table.csv: the columns' values, then the figures by name."""
     flat = _flat(entry)
     values = {name: flat.get(name) for column in _COLUMNS for name in column.csv}
-    further = sorted(entry.keys() - values.keys() - {*MEASURED, "sets", "along", "compared"})
+    further = sorted(entry.keys() - values.keys() - {*MEASURED, "sets", "stage", "along", "compared"})
     return {**values, **{name: entry[name] for name in further}}
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 from ddray.config import merge
 from ddray.data import Dataset
 from ddray.distillation.snapshots import snapshot_steps
+from ddray.drawing.text import settings_text
 from ddray.errors import InputError
 from ddray.evaluation import get_protocol
 from ddray.evaluation.options import EvaluateOptions
@@ -277,7 +278,7 @@ def _settings(
     settings = {"recipe": evaluation_spec.recipe, "epochs": evaluation_spec.epochs, **evaluation_spec.options}
     settings["images"] = limit
     limited = {name: options.get(name, value) for name, value in settings.items() if value is not None}
-    return ", ".join(f"{name}={value}" for name, value in limited.items()) or None
+    return settings_text(limited) or None
 
 
 def _evaluate_options(

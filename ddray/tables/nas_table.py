@@ -35,6 +35,10 @@ _FIGURES: Final = (
     *("top1_truth_accuracy", "top1_test_accuracy"),
 )
 _REQUEST: Final = ("baselines", "compat")
+_OF_SWEEP: Final = (
+    *("dataset", "num_classes", "size", "protocol", "arch", "target", "augment", "settings", "image_size"),
+)
+"""Fields of a cell that do not depend on how its sets were distilled."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class NasSweep:
         name = proxy if "[" in proxy else proxy.partition(" (")[0].replace("-", "_")
         first = self.spec.cells[0]
         source = first.source.model_copy(update={"method": name})
-        update = {"method": proxy, "name": name, "source": source, "sets": (), "changes": self.differs}
-        return first.model_copy(update=update)
+        shared = {field: getattr(first, field) for field in _OF_SWEEP}
+        return Cell(**{**shared, "method": proxy, "name": name, "source": source, "changes": self.differs})
 
     @property
     def planned_cells(self) -> list[Cell]:

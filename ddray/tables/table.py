@@ -1,5 +1,6 @@
 """The table of a bench: means, sample standard deviations, and the distance to the published numbers."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from ddray.evaluation.protocol import balance_matters
 from ddray.evaluation.published import read_numbers
 from ddray.runs.ledger import Row
 from ddray.system.files import write_text
-from ddray.tables.columns import MEASURED, csv_row
+from ddray.tables.columns import MEASURED, Entry, csv_row
 from ddray.tables.likeness import Likeness, described, likeness
 from ddray.tables.published import compare
 from ddray.tables.spec import WHOLE
@@ -140,6 +141,12 @@ def standard_error(per_set: Sequence[Sequence[float]]) -> float | None:
     """
     groups = per_set[0] if len(per_set) == 1 else [statistics.fmean(values) for values in per_set]
     return statistics.stdev(groups) / len(groups) ** 0.5 if len(groups) > 1 else None
+
+
+def is_tied(entry: Entry, best: Entry) -> bool:
+    """Return whether a cell is the best, or no worse by more than the standard error of their difference."""
+    error = math.hypot(*(one.get("standard_error") or 0.0 for one in (entry, best)))
+    return bool(best["accuracy_mean"] - entry["accuracy_mean"] <= error)
 
 
 def failure_of(title: str, row: Row) -> dict[str, Any]:

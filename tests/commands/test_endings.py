@@ -10,7 +10,8 @@ import pytest
 
 from ddray.cli import _run
 from ddray.commands.display import bench_tables, nas_tables, next_step
-from ddray.commands.endings import distill_tables, tune_tables
+from ddray.commands.endings import distill_tables, evaluation, tune_tables
+from ddray.evaluation.options import EvaluateResult
 from ddray.jobs.distill import DistillResult
 from ddray.ranking.result import NasResult
 from ddray.system.progress import plain_console
@@ -61,6 +62,19 @@ def test_each_command_names_the_next_which_runs(
     words = shlex.split(last.removeprefix("next: ddray "))
     printed(capsys, *words, "--no-tsne")
     assert (folder / "run" / "report.html").is_file()
+
+
+def test_an_evaluation_in_a_folder_of_its_own_suggests_its_own_page() -> None:
+    one = {"arch": "convnet1_w8", "accuracy_mean": 0.5, "accuracy_std": None, "per_seed": [0.5]}
+    values = {"protocol": "hard", "split": "test", "results": [{**one, "num_images": 10, "wall_s": 1.0}]}
+    result = EvaluateResult.parse(values).model_copy(update={"recorded_in": "/sets/run"})
+
+    def last(result: EvaluateResult) -> Any:
+        return evaluation(Path("/elsewhere/set.pt"), result)[-1]
+
+    assert last(result) == "next: ddray report /sets/run"
+    in_folder = result.model_copy(update={"run_dir": "/own/run", "num_failed": 0})
+    assert last(in_folder) == "next: ddray report /own/run"
 
 
 def test_a_word_that_a_shell_would_split_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def test_the_record_says_what_was_scored_and_how(run_dir: Path, monkeypatch: pyt
         "method": "random",
         "dataset": "digits",
         "ipc": 1,
+        "budget": None,
         "protocol": "hard",
         "split": "test",
         "recipe": None,
@@ -55,6 +57,17 @@ def test_the_record_says_what_was_scored_and_how(run_dir: Path, monkeypatch: pyt
     }
     assert result.recorded_in == str(run_dir)
     assert "recorded_in" not in result.dump()
+
+
+def test_the_record_has_a_sets_budget(run_dir: Path) -> None:
+    distilled = ddray.load(run_dir / "distilled.pt")
+    meta = distilled.meta.model_copy(update={"budget": 10})
+    replace(distilled, meta=meta).save(run_dir / "distilled.pt")
+
+    evaluate(run_dir / "distilled.pt", EvaluateOptions(seeds=1), device=CPU)
+
+    (score,) = read_scores(run_dir)
+    assert score["budget"] == 10
 
 
 def test_a_repeated_evaluation_is_noted_once_another_beside_it(run_dir: Path) -> None:

@@ -26,6 +26,7 @@ from ddray.ranking.report import (
 from tests.report.pages import ENVIRONMENT, heading, traces
 
 NAN = float("nan")
+FEW = '<span class="dim">too few</span>'
 
 
 def figures(proxy: str, **changes: Any) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class TestPage:
         cells = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in merit.splitlines() if "<td" in line]
         assert cells[0][:5] == ["datadam &lt;1&gt;.pt", "65.00", "60.10", "60.20", "60.30"]
         assert cells[0][5] == '0.712 <span class="ci">[0.55, 0.81]</span>'
-        assert cells[0][6:] == ["-", "0.500", "1.5", "500", "4 tied, 1 left out"]
+        assert cells[0][6:] == [FEW, "0.500", "1.5", "500", "4 tied, 1 left out"]
         assert cells[1] == [
             "datadam (published)",
             "89.00",
@@ -206,7 +207,7 @@ class TestPage:
             "500",
             "",
         ]
-        assert cells[2][5:9] == ["-", "-", "-", "-"]
+        assert cells[2][5:9] == ["-", FEW, "-", "-"]
         assert cells[4][0] == "whole set"
 
         ranked = text[text.index("Best-ranked architectures (20)") : text.index("<h2>random</h2>")]
@@ -260,6 +261,26 @@ class TestPage:
         few = sweep_title("convnet720", "digits", 7, {"a": 1.0})
         assert few == "7 architectures of convnet720 on digits: too few for a correlation"
         assert "no proxy's ranking" in sweep_title("convnet720", "digits", 8, {"a": None})
+
+    @pytest.mark.parametrize(("num_archs", "is_few"), [(7, True), (8, False)])
+    def test_correlations_of_few_architectures_are_not_told(
+        self, page: Any, num_archs: int, is_few: bool
+    ) -> None:
+        one = figures("random", num_archs=num_archs, spearman_top20=0.4321, kendall=0.5678)
+
+        text = page(result(one), lines("random", 9, depth=False))
+        text = text[text.index("<h1>") : text.index("How this was measured")]
+
+        assert [number in text for number in ("0.71", "0.55", "0.81", "0.568")] == [not is_few] * 4
+        assert "0.432" not in text, "the top 20 % are two"
+        assert text.count(">too few<") == (3 if is_few else 1)
+        assert ("<b>&rho; -</b>too few for a correlation" in text) == is_few
+
+    def test_a_proxy_of_few_architectures_does_not_lead(self, page: Any) -> None:
+        few = figures("few", num_archs=3, spearman=1.0)
+        table = pd.concat([lines("few"), lines("random")], ignore_index=True)
+
+        assert heading(page(result(few, figures("random")), table)).startswith("random ranks ")
 
     def test_of_many_points_some_are_drawn(self, page: Any) -> None:
         text = page(result(figures("random")), lines("random", 3500, depth=False))

@@ -63,10 +63,12 @@ def test_columns_are_told_apart_by_what_differs_within_a_dataset_and_size() -> N
 
     by_arch = [cell("a", 0.5), cell("a", 0.4, arch="resnet18"), cell("b", 0.3, target="mnist")]
     assert matrix_of(by_arch).heads == ("convnet3", "resnet18", "on mnist, convnet3")
+    assert matrix_of([by_arch[0], by_arch[2]]).heads == ("on digits", "on mnist")
     assert marked(by_arch) == {"a": ["50*", "40*", "-"], "b": ["-", "-", "30*"]}
 
     by_settings = [cell("a", 0.5, settings="epochs=5"), cell("a", 0.4)]
-    assert matrix_of(by_settings).heads == ("epochs=5", "accuracy")
+    assert matrix_of(by_settings).heads == ("epochs=5", "default settings")
+    assert matrix_of([cell("a", 0.5), cell("b", 0.4)]).heads == ("accuracy",)
 
 
 def test_a_table_tells_once_what_all_rows_share_and_has_its_csv() -> None:
@@ -97,6 +99,57 @@ def test_a_title_is_the_best_of_one_column_or_who_leads_most() -> None:
     assert of_cells(columns, "bench mini") == "b leads in 2 of 2 columns (bench mini)"
     assert of_cells([cell("a", None)], "bench mini") == "bench mini"
     assert of_cells([], "2 runs") == "2 runs"
+
+
+def test_a_title_tells_ties() -> None:
+    def at(ipc: int, **means: float) -> list[dict[str, Any]]:
+        return [cell(name, mean, ipc=ipc) for name, mean in means.items()]
+
+    assert of_cells([*at(1, a=0.5, b=0.6), *at(10, a=0.8, b=0.7)], "t") == "b and a lead in 1 column each (t)"
+    assert (
+        of_cells([*at(1, a=0.6, b=0.6), *at(10, a=0.8, b=0.8)], "t") == "a and b lead in 2 columns each (t)"
+    )
+    assert of_cells([*at(1, a=0.6, b=0.6), *at(10, a=0.8, b=0.7)], "t") == "a leads in 2 of 2 columns (t)"
+    four = [*at(1, a=0.6, b=0.6, c=0.6, d=0.6), *at(10, a=0.8, b=0.8, c=0.8, d=0.8)]
+    assert of_cells(four, "t") == "4 methods lead in 2 columns each (t)"
+    assert of_cells(at(1, a=0.5, b=0.5), "t") == "a on digits, ipc 1: 50.0 % (tied: b 50.0)"
+
+
+def test_a_title_tells_cuts_beside_the_scores_they_belong_to() -> None:
+    cut = {"cut": "steps 3 of 150"}
+    assert (
+        of_cells([cell("dm", 0.5, **cut)], "t")
+        == "dm on digits, ipc 1: 50.0 % (cut: steps 3 of 150; convnet3)"
+    )
+    beside = [cell("dm", 0.5, **cut), cell("random", 0.4), cell("dm", 0.7, ipc=10, **cut)]
+    assert of_cells(beside[:2], "t") == "dm on digits, ipc 1: 50.0 % (cut: steps 3 of 150; next: random 40.0)"
+    below = [cell("dm", 0.3, **cut), cell("random", 0.4)]
+    assert of_cells(below, "t") == "random on digits, ipc 1: 40.0 % (next: dm 30.0, cut: steps 3 of 150)"
+    assert of_cells(beside, "t") == "dm (cut) leads in 2 of 2 columns (t)"
+    assert (matrix_of(beside).has_cuts, matrix_of(beside[1:2]).has_cuts) == (True, False)
+
+
+def ranked(method: str, spearman: float | None, **changes: Any) -> dict[str, Any]:
+    """A cell of a NAS sweep: the less it ranks well, the better the architecture that it finds."""
+    figures = {"protocol": "nas", "arch": "convnet720", "spearman": spearman, "num_archs": 20}
+    return cell(method, 0.5 - (spearman or 0.0) / 10, **{**figures, **changes})
+
+
+def test_the_title_of_a_nas_table_is_by_its_ranking() -> None:
+    sweep = [ranked("random", 0.2), ranked("dm", 0.613, cut="steps 3 of 150"), ranked("dc", None)]
+    assert (
+        of_cells(sweep, "t")
+        == "dm (cut) ranks 20 architectures of convnet720 on digits at ipc 1 with Spearman 0.61"
+    )
+    assert of_cells([ranked("dm", 1.0, num_archs=3)], "t").endswith("ipc 1: too few for a correlation")
+    several = [
+        *sweep,
+        ranked("random", 0.9, ipc=10),
+        ranked("dm", -0.2, ipc=10),
+        ranked("random", 0.4, ipc=50),
+    ]
+    assert of_cells(several, "t") == "random leads in 2 of 3 sweeps by Spearman (t)"
+    assert of_cells([ranked("dm", None), ranked("dm", None, ipc=10)], "t") == "t"
 
 
 def test_a_set_of_a_table_that_was_scored_again_does_not_stand_for_its_row() -> None:

@@ -27,7 +27,7 @@ from ddray.report.page import write_page
 from ddray.report.runs import read_run
 from ddray.runs.ledger import Ledger
 from ddray.tables.anomalies import anomalies
-from tests.report.pages import board, body, figures_of, tables
+from tests.report.pages import board, body, figures_of, heading, tables
 
 
 def test_it_needs_no_network(page: str) -> None:
@@ -246,6 +246,48 @@ def test_published_correlations_stand_beside_ours(bench_folder: Path, tmp_path: 
     assert (line["Spearman"], line["published Spearman"]) == ("0.61", "0.72")
     assert "Spearman, top 20 %" not in line
     assert (line["search, minutes"], line["published minutes"], line["images"]) == ("12.3", "5,169", "500")
+
+
+def test_cuts_are_marked_in_the_matrix(bench_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(bench_folder, copy)
+    cells_file = json.loads((copy / "cells.json").read_text())
+    for cell in cells_file["cells"]:
+        cell["cut"] = "steps 3 of 150" if cell["method"] == "dm & co" else None
+    (copy / "cells.json").write_text(json.dumps(cells_file))
+    write_page([copy], copy / "report.html", planes=False)
+    text = (copy / "report.html").read_text()
+    rows = {row[0]: row[1:] for row in tables(text)[0][1:]}
+    assert {method: [score.endswith("\u2020") for score in scores] for method, scores in rows.items()} == {
+        "dm & co": [True] * 4,
+        "random": [False] * 4,
+    }
+    legend = "\u2020 Cut to less than the preset's budget"
+    assert legend in unescape(body(text))
+    for cell in cells_file["cells"]:
+        cell["cut"] = None
+    (copy / "cells.json").write_text(json.dumps(cells_file))
+    write_page([copy], copy / "report.html", planes=False)
+    assert legend not in unescape(body((copy / "report.html").read_text()))
+
+
+def test_a_nas_table_is_by_ranking(bench_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(bench_folder, copy)
+    cells_file = json.loads((copy / "cells.json").read_text())
+    first, figures = cells_file["cells"][0], {"protocol": "nas", "arch": "convnet720", "num_archs": 20}
+    cells_file["cells"] = [
+        {**first, **figures, "ipc": ipc, "method": method, "accuracy_mean": mean, "spearman": rho}
+        for ipc in (1, 2)
+        for method, mean, rho in (("a", 0.9, -0.1), ("b", 0.5, 0.6), ("c", 0.7, None))
+    ]
+    (copy / "cells.json").write_text(json.dumps(cells_file))
+    write_page([copy], copy / "report.html", planes=False)
+    text = (copy / "report.html").read_text()
+    assert heading(text).startswith("b (cut) leads in 2 of 2 sweeps by Spearman")
+    assert '<table class="sortable matrix">' not in text
+    assert [line[0] for line in board(text)[1:]] == ["b", "a", "c"] * 2
+    assert "best 90.00 %" not in text
 
 
 def test_a_set_without_images_has_no_picture(bench_folder: Path) -> None:

@@ -17,6 +17,7 @@ from ddray.report.runs import read_run
 from ddray.runs.executor import LocalExecutor
 from ddray.runs.ledger import Ledger, Row, Unit
 from ddray.runs.scores import append_score
+from ddray.system.files import file_sha256
 from ddray.tables.columns import MEASURED
 from ddray.tables.options import BenchOptions
 from ddray.tables.run import prepare, run_bench
@@ -78,7 +79,25 @@ def test_a_nas_run_has_a_page(bench_folder: Path, tmp_path: Path) -> None:
     write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
     text = body((tmp_path / "page.html").read_text())
     assert "Architectures ranked by proxies" in text
-    assert "over 3 architectures" in text
+    assert "3 architectures: too few for a correlation" in text
+    assert "Spearman" not in text[text.index("Architectures ranked by proxies") :]
+
+
+@pytest.mark.parametrize("num", [7, 8])
+def test_a_page_tells_a_correlation_of_eight_architectures(tmp_path: Path, num: int) -> None:
+    (tmp_path / "run" / "ledger").mkdir(parents=True)
+    config = {"command": "nas", "space": "convnet720", "dataset": "digits"}
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(config))
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    lines = [f"dm,{i},net{i},0.{i + 1},0.{i + 1},{i},{i}" for i in range(num)]
+    few = [f"few,{i},net{i},0.{i + 1},0.{i + 1},{i},{i}" for i in range(3)]
+    names = "proxy,index,name,proxy_accuracy,truth_accuracy,proxy_rank,truth_rank"
+    (tmp_path / "run" / "results.csv").write_text("\n".join([names, *few, *lines]))
+    write_page([tmp_path / "run"], tmp_path / "page.html", planes=False)
+    text = body((tmp_path / "page.html").read_text())
+    told = f"Spearman 1 over {num} architectures" in text
+    assert (told, heading(text).startswith("dm ranks 8 ")) == (num == 8, num == 8)
+    assert f"{7 if num == 7 else 3} architectures: too few for a correlation" in text
 
 
 def test_a_search_has_a_page(tmp_path: Path) -> None:
@@ -159,6 +178,7 @@ def test_later_evaluations_of_a_runs_set_are_cells_and_its_title(tmp_path: Path,
     )
     score = {
         "artifact": "distilled.pt",
+        "artifact_sha256": file_sha256(tmp_path / "run" / "distilled.pt"),
         "method": "random",
         "dataset": "digits",
         "ipc": 1,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ddray.tables.spec import read_spec
-from reports import bars, findings
+from reports import bars, findings, sections
 from reports.readme import readme
 from reports.regenerate import PARTS
 from reports.tables import TITLES
@@ -111,3 +111,20 @@ def test_a_ranking_says_which_proxies_say_nothing() -> None:
     )
     near = [*alone, row("c", 0.85, 0.7, 0.9, 100)]
     assert findings.ranking({"result": {"proxies": near}}).startswith("No proxy is clearly best: a leads")
+
+
+def test_correlations_of_few_architectures_are_not_told() -> None:
+    correlations = {"spearman": 0.61, "spearman_ci95": [0.52, 0.73], "spearman_top20": 0.84, "kendall": 0.95}
+    row = {**correlations, "top1_truth_accuracy": 0.5, "best_truth_accuracy": 0.5, "num_at_chance": 0}
+    row |= {"proxy": "a.pt", "storage_images": 10, "wall_s": 1.0}
+
+    def told(num_archs: int) -> list[bool]:
+        result = {"proxies": [{**row, "num_archs": num_archs}], "num_archs": num_archs, "num_failed": 0}
+        result |= {"truth": {"source": "table"}, "wall_s": 1.0}
+        part = {"result": result, "seeds": 1, "command": "ddray nas", "picture": "a.png"}
+        text = "\n".join([*sections.ranking(part), findings.ranking(part)])
+        return [number in text for number in ("0.61", "0.52", "0.73", "0.95", "0.84")]
+
+    assert told(7) == [False] * 5
+    assert told(8) == [True] * 4 + [False]
+    assert told(36) == [True] * 5

@@ -41,10 +41,12 @@ def cell(method: str, mean: float | None, **changes: Any) -> dict[str, Any]:
         (
             [cell("dm", 0.5), cell("dm", 0.42, ipc=10), cell("dm", 0.6, ipc=50)],
             [
-                "dm falls from ipc 1 to 10 on digits (hard, convnet3): 50.00 +- 1.00 % to 42.00 +- 1.00 %.",
+                "dm falls from ipc 1 to ipc 10 on digits (hard, convnet3): 50.00 +- 1.00 % to "
+                "42.00 +- 1.00 %.",
             ],
         ),
         ([cell("dm", 0.5), cell("dm", 0.42, ipc=10, teacher="resnet18")], []),
+        ([cell("dm", 0.5), cell("dm", 0.42, ipc=None, budget=20)], []),
         (
             [cell("dm", 0.5), cell("dc", 0.5), cell("dsa", 0.5), cell("idm", 0.6)],
             ["dm, dc and dsa tie on digits (hard, convnet3) at ipc 1: each scores 50.00 %."],
@@ -59,7 +61,7 @@ def cell(method: str, mean: float | None, **changes: Any) -> dict[str, Any]:
         (
             [cell("random_ssl", 0.3, ipc=None, budget=20), cell("krr_st", 0.2, ipc=None, budget=20)],
             [
-                "krr_st is below random_ssl on digits (hard, convnet3) at budget 20: 20.00 +- 1.00 % against "
+                "krr_st is below random_ssl on digits (hard, convnet3) at 20 images: 20.00 +- 1.00 % against "
                 "30.00 +- 1.00 %."
             ],
         ),

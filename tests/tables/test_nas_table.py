@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,21 @@ def test_early_stopping_finds_its_published_number() -> None:
     assert (cell["storage_images"], cell["published_storage_images"]) == (50_000, 50_000)
     cell = cell_of(sweep.baseline("whole"), [figures])
     assert (cell["published"]["accuracy_mean"], cell["published_search_time"]) == (0.892, 5168.9)
+
+
+def test_a_baseline_has_nothing_of_how_the_first_set_was_distilled() -> None:
+    of_set = {"cut": "steps 3 of 20,000", "overridden": ("method.lr",), "num_images": 7, "generator": "dit"}
+    of_set |= {"distilled_in": "convnet3", "distilled_with": "resnet18", "changes": ("steps",)}
+    sweep = sweep_of("datadam_table4")
+    first, *others = sweep.spec.cells
+    cells = (first.model_copy(update={**of_set, "settings": "sample=9"}), *others)
+    sweep = replace(sweep, spec=replace(sweep.spec, cells=cells))
+
+    baseline = sweep.baseline("random")
+    assert {name for name in of_set if getattr(baseline, name) == of_set[name]} == set()
+    assert (baseline.settings, baseline.size, baseline.target) == ("sample=9", first.size, "cifar10")
+    scored = cell_of(baseline, [{"top1_truth_accuracy": 0.5, "num_archs": 9}])
+    assert {"cut", "overridden", "generator"} & scored.keys() == set()
 
 
 @pytest.mark.parametrize("name", ["epochs", "seeds", "archs", "teacher"])
