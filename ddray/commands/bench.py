@@ -23,7 +23,7 @@ class Table(Config):
     Table,
     BenchOptions,
     RunOptions,
-    example="ddray bench configs/bench/digits.yaml --run-dir runs/digits",
+    example="ddray bench configs/bench/leaderboard.yaml --scale cpu --run-dir runs/leaderboard",
     arguments=("file",),
 )
 def bench(emit: Emit, file: Path, dry_run: bool = False, **options: Any) -> None:
