@@ -86,9 +86,10 @@ def link(title: str) -> str:
 
 
 def provenance(part: Part, machine: str) -> str:
-    """Return where a part's numbers are from: commit and date, and the machine if it is another one."""
+    """Return where a part's numbers are from: commit, date, the machine if it is another one, a note."""
     other = "" if hardware(part) == machine else f" On {hardware(part)}."
-    return f"Measured at {commit(part)}.{other}"
+    note = f" {part['note']}" if "note" in part else ""
+    return f"Measured at {commit(part)}.{other}{note}"
 
 
 def benchmarks(measured: list[Part], machine: str) -> list[str]:

@@ -155,7 +155,7 @@ def nas(dataset: str, ipcs: tuple[int, ...], distilled: Methods, options: str) -
         picture = f"nas_{dataset}_{nas_arguments[1]}{'_whole' if 'whole' in nas_arguments else ''}.png"
         shutil.copy(Path(temporary) / "run" / "scatter.png", HERE / picture)
     result.pop("run_dir")
-    command = f"{commands[0]} (and so on); ddray nas --proxy FILE ... {options}"
+    command = "; ".join([*commands, f"ddray nas --proxy FILE ... {options}"])
     seeds = int(nas_arguments[nas_arguments.index("--seeds") + 1]) if "--seeds" in nas_arguments else 1
     return {"result": result, "command": command, "seeds": seeds, "picture": picture}
 

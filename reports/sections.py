@@ -29,7 +29,7 @@ CELLS = (
     "Each bug of the public harness on its own, as a further proxy. 20 cells, so the intervals are wide; "
     "after 10 epochs on 100 images many networks are at chance, and the order of the others says little."
 )
-ROBUST = "DD-Ranking's scores LRS / ARS of 1 network (20 epochs):"
+ROBUST = "DD-Ranking's scores LRS / ARS in percent, of 1 network (20 epochs):"
 Lines = Callable[[Part], list[str]]
 
 
@@ -199,7 +199,7 @@ def leaderboard(part: Part) -> list[str]:
         (
             method,
             *(
-                f"{robust[method, c]['lrs']:.3f} / {robust[method, c]['ars']:.3f}"
+                " / ".join(percent_short(robust[method, c][name]) for name in ("lrs", "ars"))
                 if (method, c) in robust
                 else "-"
                 for c in columns

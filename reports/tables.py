@@ -34,6 +34,9 @@ TITLES = {
     "diffusion_mnist": "D3HR and its baselines: MNIST",
     "imagenette": "ImageNette at 128 and 224 px",
 }
+PREPARED = ("speech", "ssdd_cifar100", "diffusion_mnist", "imagenette")
+"""Parts whose data is prepared first, of part of a dataset or from an archive: their spec alone is another
+table."""
 
 
 def described(part: str) -> str:
@@ -41,6 +44,13 @@ def described(part: str) -> str:
     lines = (SPECS / f"{part}.yaml").read_text(encoding="utf-8").splitlines()
     comment = list(takewhile(lambda line: line.startswith("# "), lines))
     return " ".join(line.removeprefix("# ") for line in comment[:-1])
+
+
+def command_of(part: str) -> str:
+    """Return the command that measures a part."""
+    if part in PREPARED:
+        return f"python reports/regenerate.py {part}"
+    return f"ddray bench reports/specs/{part}.yaml"
 
 
 def measure(ddray: Run, part: str, replaced: str = "", folder: str = "") -> dict[str, Any]:
@@ -62,7 +72,7 @@ def measure(ddray: Run, part: str, replaced: str = "", folder: str = "") -> dict
         "cells": cells,
         **{name: result[name] for name in ("num_failed", "wall_s")},
         "spec": yaml.safe_load(text),
-        "command": f"ddray bench reports/specs/{part}.yaml",
+        "command": command_of(part),
     }
 
 

@@ -35,6 +35,7 @@ folder = ImageFolder("{out}", transform=PILToTensor(), allow_empty=True)
 pictures = torch.stack([picture for picture, _ in folder]){grey}.float()  # 0..255
 labels = torch.tensor(folder.targets)
 """
+PARQUET: Final = ".parquet"
 _OF_PARQUET: Final = """import pyarrow.parquet as pq
 import torch
 
@@ -76,12 +77,17 @@ $ ddray evaluate {out}
 """
 
 
+def is_parquet_name(path: Path) -> bool:
+    """Return whether a path is named as a parquet file, in whatever case."""
+    return path.suffix.lower() == PARQUET
+
+
 def card(distilled: DistilledSet, out: Path, num_images: int, whitening: Path) -> str:
     """Return the README.md of a set's `num_images` images in a folder or parquet file `out`.
 
     `whitening` is where a whitened set's whitening is.
     """
-    meta, is_table = distilled.meta, out.suffix == ".parquet"
+    meta, is_table = distilled.meta, is_parquet_name(out)
     name = f"{meta.method} on {_dataset(meta)}, {_size(meta)}"
     front: dict[str, Any] = {
         "pretty_name": name,

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ddray.artifact.card import card
+from ddray.artifact.card import PARQUET, card, is_parquet_name
 from ddray.artifact.distilled_set import ZCA, DistilledSet
 from ddray.errors import InputError, unknown
 from ddray.system.files import write_atomically, write_folder, write_text
@@ -20,7 +20,6 @@ from ddray.system.files import write_atomically, write_folder, write_text
 log = logging.getLogger(__name__)
 
 META: Final = "meta.json"
-PARQUET: Final = ".parquet"
 CARD: Final = "README.md"
 _WHITENING: Final = "whitening"
 _MOST_IN_LISTS: Final = 2**28  # values of a part of a column: offsets of lists are of 32 bits
@@ -39,11 +38,11 @@ def export_set(distilled: DistilledSet, out: Path, form: str | None = None) -> P
     """
     if form not in (None, *FORMS):
         raise unknown("form", str(form), FORMS)
-    suffix = out.suffix.lower()
-    form = form or ("parquet" if suffix == PARQUET else "folder")
-    if form == "parquet" and suffix != PARQUET:
+    is_parquet = is_parquet_name(out)
+    form = form or ("parquet" if is_parquet else "folder")
+    if form == "parquet" and not is_parquet:
         raise InputError(f"a parquet file's name must end in {PARQUET}, got {out.name}")
-    if form != "parquet" and suffix in (*_ARCHIVES, PARQUET):
+    if form != "parquet" and (is_parquet or out.suffix.lower() in _ARCHIVES):
         raise InputError(
             f"the form {form} is a folder, whose name must not end as a file's, got {out.name}; use "
             f"{out.name.partition('.')[0]} (and pack that folder then)"
@@ -53,7 +52,7 @@ def export_set(distilled: DistilledSet, out: Path, form: str | None = None) -> P
 
 def whitening_file(out: Path) -> Path:
     """Return the file with the whitening of a set that was exported to a folder or parquet file."""
-    if out.suffix == PARQUET:
+    if is_parquet_name(out):
         return out.with_name(f"{_WHITENING}-{out.stem}.safetensors")
     return out / f"{_WHITENING}.safetensors"
 

@@ -8,8 +8,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from ddray.artifact.card import is_parquet_name
 from ddray.artifact.distilled_set import ZCA, DistilledSet, Meta
-from ddray.artifact.export import META, PARQUET, whitening_file
+from ddray.artifact.export import META, whitening_file
 from ddray.errors import InputError, one_line
 from ddray.system.memory import available_bytes
 
@@ -19,7 +20,7 @@ _STORED_OTHERWISE: Final = {"decoder": None, "partition": None, "bases": None}
 
 def is_parquet(path: Path) -> bool:
     """Return whether a set's path is a parquet file."""
-    return path.suffix.lower() == PARQUET and path.is_file()
+    return is_parquet_name(path) and path.is_file()
 
 
 def read_parquet(path: Path) -> DistilledSet:

@@ -78,6 +78,7 @@ class Publisher(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Log that a trial is tried again."""
+        self._live.forget(trial.config["number"])
         log.warning("trial %d: its worker failed, trying again", trial.config["number"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -102,6 +103,7 @@ class Publisher(Callback):
             if kind.__name__ in lines[-1]:
                 # Not the trial's fault: no row, so that --resume runs it when there is space, or a GPU.
                 self.error = kind(lines[-1].partition(kind.__name__)[2].lstrip(": "))
+                self._live.forget(trial_number)
                 return
         reason = f"failed {MAX_ATTEMPTS} times; last: {lines[-1][:300]}"
         row = Row.failed(unit, reason, result={"number": trial_number})

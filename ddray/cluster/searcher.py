@@ -17,7 +17,7 @@ from ddray.runs.ledger import Row, Unit
 from ddray.seeding import derive_seed
 from ddray.tuning.search import Search
 from ddray.tuning.space import grid, sample, suggest
-from ddray.tuning.study import add_row, hold_numbers, score_of, write_study
+from ddray.tuning.study import add_row, await_number, score_of, write_study
 from ddray.tuning.trial import METRIC, trial_result
 
 
@@ -50,7 +50,7 @@ class TpeSource:
 
     def suggest(self, trial_id: str, trial_number: int) -> dict[str, Any]:
         """Return the settings of a new trial, which has its number in the study too."""
-        hold_numbers(self._study(), trial_number)
+        await_number(self._study(), trial_number)
         return dict(self._search.suggest(trial_id) or {})
 
     def complete(self, trial_id: str, row: Row | None) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from ddray.commands import display
-from ddray.commands.options import Emit, command
+from ddray.commands.options import Emit, command, retyped
 from ddray.config import AbsolutePath, Config
-from ddray.system.options import RunOptions
+from ddray.system.options import DataFolder, RunOptions
 from ddray.tables.options import BenchOptions
 
 
@@ -23,7 +23,7 @@ class Table(Config):
     Table,
     BenchOptions,
     RunOptions,
-    example="ddray bench configs/bench/digits.yaml --run-dir runs/digits",
+    example="ddray bench configs/bench/leaderboard.yaml --scale cpu --run-dir runs/leaderboard",
     arguments=("file",),
 )
 def bench(emit: Emit, file: Path, dry_run: bool = False, **options: Any) -> None:
@@ -35,4 +35,4 @@ def bench(emit: Emit, file: Path, dry_run: bool = False, **options: Any) -> None
         emit(costs, lambda: [*display.forecast_tables(costs.dump()), display.without("--dry-run")])
         return
     result = api.bench(file, **options)
-    emit(result, lambda: display.bench_tables(result))
+    emit(result, lambda: display.bench_tables(result, retyped(options, DataFolder)))

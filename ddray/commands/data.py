@@ -3,9 +3,9 @@
 from typing import Any
 
 from ddray.commands import display
-from ddray.commands.options import Emit, command
+from ddray.commands.options import Emit, command, retyped
 from ddray.config import Config
-from ddray.system.options import DataFolder, DataOptions
+from ddray.system.options import ContentOptions, DataFolder, DataOptions
 
 
 class DatasetArgument(Config):
@@ -22,7 +22,8 @@ def data_info(emit: Emit, name: str, **options: Any) -> None:
 
     result = describe_dataset(name, **DataOptions.pick(options).opening())
     lines = {**result.dump(), "warnings": "\n".join(result.warnings)}
-    next_step = display.next_step("distill", "--method", "dm", "--dataset", name, "--ipc", 1)
+    reading = retyped(options, DataFolder, ContentOptions)
+    next_step = display.next_step("distill", "--method", "dm", "--dataset", name, "--ipc", 1, *reading)
     emit(result, lambda: [display.table_of(name, lines), next_step])
 
 

@@ -189,22 +189,26 @@ def _method_costs(line: MethodLine) -> tuple[str, str, str]:
     return f"{line.steps:,}", networks, "-" if line.estimate_s is None else _duration(line.estimate_s)
 
 
-def method_tables(page: MethodPage, dataset: str, ipc: int, size: int) -> list[Any]:
-    """Return what a method is, its cost and its settings; `size` is what its preset's `page.size` is."""
+def method_tables(page: MethodPage, dataset: str, ipc: int, last: str) -> list[Any]:
+    """Return what a method is, its cost, its settings, and a last line."""
     steps, networks, seconds = _method_costs(page)
     costs = f"{steps} steps; networks trained before: {networks}; time here: {seconds}"
+    column = f"on {dataset}, ipc {ipc}"
     facts = {
         "paper": page.paper or "-",
         "scored by": f"--protocol {page.protocol}",
         "presets": page.presets,
-        f"on {dataset}, ipc {ipc}": page.unsuited or costs,
+        column: page.unsuited or costs,
         "tune varies": {name: _ranges(space) for name, space in page.search_space.items()},
     }
-    settings = ((one["name"], _value(one["default"]), one["meaning"]) for one in page.settings)
+    values = "default" if page.unsuited else column
+    settings = (
+        (one["name"], _value(one.get("value", one["default"])), one["meaning"]) for one in page.settings
+    )
     return [
         *(page.description, "", table_of(page.name, facts)),
-        *([_table("settings", ("--set", "default", "meaning"), settings)] if page.settings else ()),
-        next_step("distill", "--method", page.name, "--dataset", dataset, f"--{page.size}", size),
+        *([_table("settings", ("--set", values, "meaning"), settings)] if page.settings else ()),
+        last,
     ]
 
 
@@ -224,8 +228,11 @@ def archs_table(space: str, archs: Sequence[dict[str, Any]]) -> Any:
     return _table(space, ("index", "architecture", "million parameters", "million FLOPs"), rows)
 
 
-def nas_tables(result: NasResult) -> list[Any]:
-    """Return tables of how well each proxy ranks architectures, and of the sweep's files."""
+def nas_tables(result: NasResult, reading: Sequence[object] = ()) -> list[Any]:
+    """Return tables of how well each proxy ranks architectures, and of the sweep's files.
+
+    `reading` are the options that say where datasets are, for the next step.
+    """
     from rich import box
     from rich.table import Table
 
@@ -254,17 +261,18 @@ def nas_tables(result: NasResult) -> list[Any]:
         return [table, *notes]
     names = {"report": "report.html", "table": "results.csv", "plot": "scatter.png"}
     files = {label: Path(result.run_dir) / name for label, name in names.items()}
-    return [table, *notes, table_of("files", files), next_step("report", Path(result.run_dir))]
+    return [table, *notes, table_of("files", files), next_step("report", Path(result.run_dir), *reading)]
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def bench_tables(result: BenchResult) -> list[Any]:
+def bench_tables(result: BenchResult, reading: Sequence[object] = ()) -> list[Any]:
     """Return a bench's table in percent, its failures, and where its files are.
 
     Columns with the same value in every cell go into the title; so do the generators, which stay in the rows.
+    `reading` are the options that say where datasets are, for the next step.
     """
     from ddray.tables.columns import columns_of, generators_of
 
@@ -293,7 +301,12 @@ def bench_tables(result: BenchResult) -> list[Any]:
         **{name: path for name, path in files.items() if path.is_file()},
     }
     remarks = [f"note: {sentence}" for sentence in result.anomalies]
-    return [*tables, *remarks, table_of("bench", summary), next_step("report", Path(result.run_dir))]
+    return [
+        *tables,
+        *remarks,
+        table_of("bench", summary),
+        next_step("report", Path(result.run_dir), *reading),
+    ]
 
 
 def _text(column: Column, cell: dict[str, Any]) -> str:

@@ -3,8 +3,9 @@
 from typing import Any
 
 from ddray.commands import endings
-from ddray.commands.options import Emit, command
+from ddray.commands.options import Emit, command, retyped
 from ddray.jobs.options import DistillOptions, PlanOptions, ShardOptions
+from ddray.system.options import DataFolder
 
 
 @command(
@@ -18,4 +19,4 @@ def distill(emit: Emit, **options: Any) -> None:
     from ddray import api
 
     result = api.distill_to_run(**options)
-    emit(result, lambda: endings.distill_tables(result))
+    emit(result, lambda: endings.distill_tables(result, retyped(options, DataFolder)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddray.commands.display import evaluate_tables, next_step, table_of, typed
 from ddray.drawing.text import percent
+from ddray.evaluation.options import EvaluateOptions
 
 if TYPE_CHECKING:
     from ddray.evaluation.options import EvaluateResult
@@ -14,36 +16,83 @@ if TYPE_CHECKING:
     from ddray.tuning.result import BestTrial, PaperPoint, TuneResult
 
 
-def distill_tables(result: DistillResult) -> list[Any]:
-    """Return a summary of a distillation: picture, set, loss, time; and the next step."""
+def distill_tables(result: DistillResult, reading: Sequence[object] = ()) -> list[Any]:
+    """Return a summary of a distillation and the next step, with `reading`: options of its dataset."""
+    from ddray.tuning.settings import method_protocol
+
     values, artifact = result.dump(), Path(result.artifact)
-    loss = [values.pop(name) for name in ("first_loss", "final_loss")]
-    seconds, pool, whitening = (
+    rows = {
+        **_if_there("picture", artifact.with_suffix(".png")),
+        "artifact": artifact,
+        "run": values.pop("run_dir"),
+        **{name: values.pop(name, None) for name in ("method", "dataset", "ipc", "budget", "steps")},
+        "resumed from step": values.pop("resumed_from_step") or None,
+        **_changed(values.pop("cut", None), values.pop("overridden", None)),
+        "loss": _loss(values.pop("first_loss"), values.pop("final_loss")),
+        "seconds": _seconds(values),
+        **_size(values.pop("size_bytes", None), values.pop("made_of", None)),
+        "peak memory, MB": _megabytes(values.pop("peak_memory_bytes", None)),
+        "values stored": _thousands(values.pop("storage_floats", None)),
+        "half memory budget": "yes: memory had run out" if values.pop("half_memory_budget", None) else None,
+        "sets along the steps": values.pop("snapshots", None),
+    }
+    title = values.pop("name", None) or artifact.stem
+    del values["artifact"]
+    rows |= {name.replace("_", " "): value for name, value in values.items()}
+    words = (*_protocol_words(method_protocol(result.method)), *reading)
+    return [
+        table_of(title, {name: value for name, value in rows.items() if value is not None}),
+        next_step("evaluate", artifact, *words),
+    ]
+
+
+def _if_there(title: str, file: Path) -> dict[str, Path]:
+    return {title: file} if file.is_file() else {}
+
+
+def _changed(cut: str | None, overridden: Iterable[str] | None) -> dict[str, str]:
+    """Return rows of what a run changed of its preset, if anything."""
+    changed = {"cut": cut, "overridden": ", ".join(overridden or ())}
+    return {f"{name} in the preset": text for name, text in changed.items() if text}
+
+
+def _protocol_words(protocol: str) -> tuple[str, ...]:
+    """Return the options of `ddray evaluate` for a protocol, none for its default."""
+    return () if protocol == EvaluateOptions.model_fields["protocol"].default else ("--protocol", protocol)
+
+
+def _loss(first: float | None, final: float | None) -> str | None:
+    if first is None or final is None:
+        return None
+    return f"{first:.4g} in the first tenth of the steps, {final:.4g} in the last"
+
+
+def _seconds(values: dict[str, Any]) -> str:
+    """Take a distillation's seconds out of its values, and return them as text.
+
+    Beside them stands what its pool and whitening took, whenever that was.
+    """
+    wall, per_step = values.pop("wall_s"), values.pop("seconds_per_step")
+    of_all, with_pool, whitening = (
         values.pop(name, None) for name in ("seconds", "seconds_with_pool", "whitening_s")
     )
-    picture = artifact.with_suffix(".png")
-    summary: dict[str, Any] = {
-        **({"picture": picture} if picture.is_file() else {}),
-        "artifact": values.pop("artifact"),
-        **(
-            {}
-            if None in loss
-            else {"loss": "{:.4g} in the first tenth of the steps, {:.4g} in the last".format(*loss)}
-        ),
-        "seconds": _seconds(seconds, pool, whitening),
-        **_size(values.pop("size_bytes", None), values.pop("made_of", None)),
-    }
-    summary |= {name: value for name, value in values.items() if value is not None and name != "name"}
-    return [table_of(values["name"], summary), next_step("evaluate", artifact)]
-
-
-def _seconds(seconds: float | None, with_pool: float | None, whitening: float | None) -> str:
-    """Return what a distillation took, and beside it what its pool and whitening did, whenever that was."""
-    if seconds is None:
-        return "-"
-    parts = {"pool": (with_pool or seconds) - seconds, "whitening": whitening or 0.0}
+    seconds = wall if of_all is None else of_all
+    notes = [] if per_step is None else [f"{per_step:.3g} per step"]
+    with_pool, whitening = with_pool or seconds, whitening or 0.0
+    if all(abs(wall - total) > 0.05 * total for total in (seconds, with_pool, with_pool + whitening)):
+        notes.append(f"{wall:.4g} since this start")  # a part of them was another process's
+    parts = {"pool": with_pool - seconds, "whitening": whitening}
     beside = ", ".join(f"{name} {value:.4g}" for name, value in parts.items() if value > 0)
-    return f"{seconds:.4g}" + (f" (beside it: {beside})" if beside else "")
+    notes += [f"beside it: {beside}"] if beside else []
+    return f"{seconds:.4g}" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _megabytes(size: int | None) -> str | None:
+    return None if size is None else f"{size / 1e6:,.0f}"
+
+
+def _thousands(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
 
 
 def _size(size_bytes: int | None, made_of: dict[str, int] | None) -> dict[str, str]:
@@ -54,26 +103,28 @@ def _size(size_bytes: int | None, made_of: dict[str, int] | None) -> dict[str, s
     return {"MB": f"{size_bytes / 1e6:.3g}" + (f" ({parts})" if parts else "")}
 
 
-def evaluation(file: Path, result: EvaluateResult) -> list[Any]:
-    """Return an evaluation's picture and tables, and the next step: the page of the run it is noted in."""
+def evaluation(file: Path, result: EvaluateResult, reading: Sequence[object] = ()) -> list[Any]:
+    """Return an evaluation's picture and tables, and the next step: the page of the run it is noted in.
+
+    `reading` are the options that say where datasets are.
+    """
     picture, folder = file.with_suffix(".png"), result.run_dir or result.recorded_in
     name = result.name or file.stem
     return [
         *([f"picture: {typed(picture)}"] if picture.is_file() else []),
         *evaluate_tables(f"{name}: {result.protocol}, {result.split}", result.protocol, result.dump()),
-        *([next_step("report", Path(folder))] if folder else []),
+        *([next_step("report", Path(folder), *reading)] if folder else []),
     ]
 
 
-def tune_tables(result: TuneResult) -> list[Any]:
-    """Return a table of a search's results and files, and the next step."""
+def tune_tables(result: TuneResult, scoring: Sequence[object] = ()) -> list[Any]:
+    """Return a table of a search's results and files, and the next step, with `scoring` as its options."""
     best, preset, folder = result.best, result.paper_point, Path(result.run_dir)
     tests = ", ".join(map(str, result.earlier_tests))
-    changed = {"cut": result.cut, "overridden": ", ".join(result.overridden or ())}
     summary = {
         "trials": f"{result.num_trials} ({result.num_failed} failed, "
         f"{result.num_stopped_early} stopped early)",
-        **{f"{name} in the preset": text for name, text in changed.items() if text},
+        **_changed(result.cut, result.overridden),
         "protocol": result.protocol,
         "best trial": best.trial,
         "best config": best.config or "the preset's",
@@ -84,12 +135,13 @@ def tune_tables(result: TuneResult) -> list[Any]:
         **({"test opened before": f"after {tests} trials"} if tests else {}),
         "seconds": f"{result.wall_s:.0f}",
         "artifact": result.artifact,
-        "picture": Path(result.artifact).with_suffix(".png"),
+        **_if_there("picture", Path(result.artifact).with_suffix(".png")),
         "best settings": folder / "best.yaml",
         "report": folder / "report.html",
         "table": folder / "results.csv",
     }
-    return [table_of("search", summary), next_step("evaluate", Path(result.artifact))]
+    words = (*_protocol_words(result.protocol), *scoring)
+    return [table_of("search", summary), next_step("evaluate", Path(result.artifact), *words)]
 
 
 def _val_line(objective: str, best: BestTrial, preset: PaperPoint) -> dict[str, str]:

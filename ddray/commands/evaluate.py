@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from ddray.commands import endings
-from ddray.commands.options import Emit, command
+from ddray.commands.options import Emit, command, retyped
 from ddray.config import AbsolutePath, Config
 from ddray.errors import DdrayError
 from ddray.evaluation.options import EvaluateOptions, EvaluateRunOptions
+from ddray.system.options import DataFolder
 
 
 class FileArgument(Config):
@@ -30,7 +31,7 @@ def evaluate(emit: Emit, file: Path, **options: Any) -> None:
     from ddray import api
 
     result = api.evaluate(file, **options)
-    emit(result, lambda: endings.evaluation(file, result))
+    emit(result, lambda: endings.evaluation(file, result, retyped(options, DataFolder)))
     if result.num_failed:
         first = result.failures[0]
         raise DdrayError(

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from ddray.commands import display
-from ddray.commands.options import Emit, command
-from ddray.config import Config, Result
+from ddray.commands.options import Emit, command, retyped
+from ddray.config import Config, Result, lookup
 from ddray.system.options import DataFolder
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class MethodPage(MethodLine):
     """From its module: paper, equations, deviations."""
     presets: list[str]
     settings: list[dict[str, Any]]
-    """`name` as for --set, `default`, and `meaning`."""
+    """`name` as for --set, `default`, `value` in the preset for the dataset (absent where it has none), and
+    `meaning`."""
     search_space: dict[str, Any]
     """What `ddray tune` varies."""
 
@@ -84,7 +85,9 @@ def methods(emit: Emit, name: str | None = None, **options: Any) -> None:
     if name is not None:
         page = _page(name, dataset, choice.ipc)
         size = choice.ipc * (dataset.num_classes if page.size == "budget" else 1)
-        emit(page, lambda: display.method_tables(page, dataset.name, choice.ipc, size))
+        words = ("--method", name, "--dataset", dataset.name, f"--{page.size}", size)
+        next_step = display.next_step("distill", *words, *retyped(options, DataFolder))
+        emit(page, lambda: display.method_tables(page, dataset.name, choice.ipc, next_step))
         return
     lines = [_line(method, dataset, choice.ipc) for method in method_names()]
     result = MethodList(dataset=dataset.name, ipc=choice.ipc, methods=lines)
@@ -163,7 +166,7 @@ def _costs(method: str, dataset: Dataset, ipc: int) -> dict[str, Any]:
 
 def _page(method: str, dataset: Dataset, ipc: int) -> MethodPage:
     from ddray.errors import InputError
-    from ddray.jobs.plan import PRESETS, preset_variants
+    from ddray.jobs.plan import PRESETS, preset_variants, resolve
     from ddray.methods import get_method
     from ddray.tuning.space import method_space
 
@@ -172,8 +175,14 @@ def _page(method: str, dataset: Dataset, ipc: int) -> MethodPage:
         space, _ = method_space(method, config)
     except InputError:  # a method without one
         space = {}
+    try:
+        values = resolve(method, dataset, ipc=ipc).config.method.every_value()
+    except InputError:  # the dataset does not suit it
+        values = None
     settings = [
-        {"name": name, "default": default, "meaning": meaning} for name, default, meaning in fields_of(config)
+        {"name": name, "default": default, "meaning": meaning}
+        | ({} if values is None else {"value": lookup(values, name)})
+        for name, default, meaning in fields_of(config)
     ]
     return MethodPage.parse(
         {

@@ -3,9 +3,9 @@
 from typing import Any
 
 from ddray.commands import display
-from ddray.commands.options import Emit, command
+from ddray.commands.options import Emit, command, retyped
 from ddray.ranking.options import NasModes, NasOptions, NasRequest
-from ddray.system.options import RunOptions
+from ddray.system.options import DataFolder, RunOptions
 
 
 @command(
@@ -25,4 +25,4 @@ def nas(emit: Emit, **options: Any) -> None:
         emit(listed, lambda: display.archs_table(space, listed.archs))
         return
     result = api.nas(**options)
-    emit(result, lambda: display.nas_tables(result))
+    emit(result, lambda: display.nas_tables(result, retyped(options, DataFolder)))

@@ -8,7 +8,7 @@ import os
 import pkgutil
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import typer
@@ -138,6 +138,18 @@ def _literals(kind: Any) -> list[str]:
     if get_origin(kind) is Literal:
         return [str(value) for value in get_args(kind)]
     return [value for inner in get_args(kind) for value in _literals(inner)]
+
+
+def retyped(options: Mapping[str, Any], *configs: type[Config]) -> list[object]:
+    """Return those of the options that are fields of the configs, as words to type after another command."""
+    words: list[object] = []
+    for name, field in ((name, field) for config in configs for name, field in config.model_fields.items()):
+        value, option = options.get(name), option_name(name, field)
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words += [f"--{option}", value]
+    return words
 
 
 @contextlib.contextmanager

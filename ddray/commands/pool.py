@@ -36,9 +36,9 @@ def pool_train(emit: Emit, **options: Any) -> None:
     else:
         result = _train_on_workers(opened, parsed, recipe)
     lines = {**result.dump(), "keys": "\n".join(result.keys)}
-    emit(
-        result, lambda: [display.table_of("pool", lines), display.next_step("pool", "show", result.key[:12])]
-    )
+    in_pool = parsed.out is None  # `pool show` looks nowhere else
+    next_steps = [display.next_step("pool", "show", result.key[:12])] if in_pool else []
+    emit(result, lambda: [display.table_of("pool", lines), *next_steps])
 
 
 def _train_on_workers(opened: Dataset, options: PoolOptions, recipe: dict[str, Any]) -> PoolResult:

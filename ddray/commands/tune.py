@@ -3,10 +3,10 @@
 from typing import Any
 
 from ddray.commands import display, endings
-from ddray.commands.options import Emit, command
+from ddray.commands.options import Emit, command, retyped
 from ddray.config import Config
 from ddray.jobs.options import PlanOptions
-from ddray.system.options import RunOptions
+from ddray.system.options import DataFolder, RunOptions
 from ddray.tuning.options import TuneOptions
 
 
@@ -33,4 +33,5 @@ def tune(emit: Emit, dry_run: bool = False, **options: Any) -> None:
         emit(costs, lambda: [*display.search_forecast_tables(costs), display.without("--dry-run")])
         return
     result = api.tune(**options)
-    emit(result, lambda: endings.tune_tables(result))
+    teachers = [word for teacher in options.get("teachers", ()) for word in ("--teacher", teacher)]
+    emit(result, lambda: endings.tune_tables(result, [*teachers, *retyped(options, DataFolder)]))

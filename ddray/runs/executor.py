@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 
 from ddray.errors import DeviceError, DeviceMemoryError, DivergedError, InputError, StorageError, one_line
 from ddray.runs.recovery import recovering
-from ddray.system.progress import report_of
+from ddray.system.progress import remove_report, report_of
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class WorkerPool(ABC):
                 continue  # nodes may have joined
             task, outcome = ended
             if (report := report_of(task.key)) is not None:
-                report.unlink(missing_ok=True)  # of a worker that was killed
+                remove_report(report)  # of a worker that was killed
             if self.is_tried_again(task, outcome):
                 waiting.append((task, outcome.attempts + 1))
                 continue

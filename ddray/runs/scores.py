@@ -11,7 +11,17 @@ from ddray.system.files import append_line, file_sha256, home, read_json_lines, 
 
 log = logging.getLogger(__name__)
 _FILE: Final = "scores.jsonl"
-_KEYS: Final = {"artifact", "artifact_sha256", "method", "dataset", "ipc", "protocol", "split", "options", "results"}
+_KEYS: Final = {
+    "artifact",
+    "artifact_sha256",
+    "method",
+    "dataset",
+    "ipc",
+    "protocol",
+    "split",
+    "options",
+    "results",
+}
 _SCORED_SET: Final = "set.json"
 _DEPTH: Final = 2  # a set lies in its run's folder, or in a folder of that
 

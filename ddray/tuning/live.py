@@ -4,6 +4,7 @@ A running trial's row tells what its worker reports.
 """
 
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ddray.system.progress import Row, plain_console, read_reports, reports_in
+from ddray.system.progress import Row, plain_console, read_reports, remove_report, reports_in
 
 log = logging.getLogger(__name__)
 _MAX_ROWS = 20
@@ -52,6 +53,8 @@ class LiveTable:
         before = self._trials.get(trial_number)
         if status == "running" and before is not None and (before[0] != "running" or not metrics):
             return  # it has ended meanwhile, or is tried again
+        if status != "running":
+            self.forget(trial_number)
         value = metrics.get("score", metrics.get(str(metrics.get("objective"))))
         text = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in params.items())
         num_rungs = len(metrics.get("rungs", {}))
@@ -60,22 +63,30 @@ class LiveTable:
             formatted = "-" if value is None else f"{value:.1%}"
             log.info("trial %d %s: val %s (%s) [%s]", trial_number, status, formatted, text, self._progress())
 
-    def _running(self) -> dict[str, Row]:
-        """Return what trials do, by their numbers: of one in shards, the slowest of those at work."""
-        rows = read_reports(self._reports)
-        for folder in self._reports.glob("*/"):
-            if shards := read_reports(folder).values():
-                rows[folder.name] = min(shards, key=lambda row: row.share)
+    def forget(self, trial_number: int) -> None:
+        """Remove what a trial's workers report, which those leave behind that were killed."""
+        remove_report(self._reports / f"{trial_number}.json")
+        shutil.rmtree(self._reports / str(trial_number), ignore_errors=True)
+
+    def _running(self) -> dict[int, Row]:
+        """Return what running trials do, by their numbers: of one in shards, the slowest of those at work."""
+        rows, reports = {}, read_reports(self._reports)
+        for number in [number for number, (status, *_) in list(self._trials.items()) if status == "running"]:
+            if shards := read_reports(self._reports / str(number)).values():
+                rows[number] = min(shards, key=lambda row: row.share)
+            elif str(number) in reports:
+                rows[number] = reports[str(number)]
         return rows
 
-    def _progress(self, running: Mapping[str, Row] = MappingProxyType({})) -> str:
+    def _progress(self, running: Mapping[int, Row] = MappingProxyType({})) -> str:
         """Return `finished/total`, and the ETA at the pace so far; of `running` trials the part that is done.
 
         The pace is that of all workers there are.
         """
         ended = sum(status != "running" for status, *_ in list(self._trials.values()))
         done, work = self._before + ended, ended + sum(row.share for row in running.values())
-        left_s = (time.monotonic() - self._begin) / max(work, 1e-9) * (self._total - self._before - work)
+        left = max(0.0, self._total - self._before - work)
+        left_s = (time.monotonic() - self._begin) / max(work, 1e-9) * left
         eta = f", ETA {timedelta(seconds=round(left_s))}" if work and done < self._total else ""
         return f"{done}/{self._total}{eta}"
 
@@ -87,7 +98,7 @@ class LiveTable:
         table = Table(*headers, title=f"trials {self._progress(running)}")
         for trial_number in sorted(self._trials)[-_MAX_ROWS:]:
             status, text, value, num_rungs = self._trials[trial_number]
-            if status == "running" and (row := running.get(str(trial_number))) is not None:
+            if status == "running" and (row := running.get(trial_number)) is not None:
                 status = " ".join(filter(None, (row.title, row.counted(), row.details())))
             val = "-" if value is None else f"{100 * value:.1f}"
             table.add_row(str(trial_number), status, val, num_rungs, text)

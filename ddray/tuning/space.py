@@ -178,11 +178,20 @@ def method_space(
     return read_space(source, title), title
 
 
+def check_names(entries: Mapping[Any, Any], where: str) -> None:
+    """Refuse names that are no text, such as a number (InputError, which begins with `where`)."""
+    if odd := [name for name in entries if not isinstance(name, str)]:
+        raise InputError(
+            f"{where}: a name must be a setting's, such as lr_img, got {odd[0]!r}; write its name"
+        )
+
+
 def by_short_names(entries: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return entries by what trials call settings: the method's own without `method.`.
 
-    InputError, which begins with `where`, if a setting is there under both names.
+    InputError, which begins with `where`, if a name is no text, or a setting is there under both names.
     """
+    check_names(entries, where)
     short = {name.removeprefix("method."): entry for name, entry in entries.items()}
     if both := [name for name in short if name in entries and f"method.{name}" in entries]:
         raise InputError(f"{where}: {both[0]} must be there once, got method.{both[0]} too: keep one")

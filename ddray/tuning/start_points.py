@@ -12,7 +12,7 @@ from ddray.errors import InputError, unknown
 from ddray.jobs.context import check_plan
 from ddray.jobs.plan import Plan
 from ddray.tuning.settings import Settings
-from ddray.tuning.space import Range, Space, by_short_names, conditions, drawn
+from ddray.tuning.space import Range, Space, by_short_names, check_names, conditions, drawn
 
 log = logging.getLogger(__name__)
 Points = dict[int, dict[str, Any]]
@@ -37,7 +37,9 @@ def read_start_points(
 def _read(source: Path | Mapping[str, Any], plan: Plan, settings: Settings, space: Space) -> dict[str, Any]:
     where = f"start point {source}" if isinstance(source, Path) else "a start point"
     values = read_yaml(source) if isinstance(source, Path) else source
+    check_names(values, where)
     if isinstance(values.get("method"), Mapping):
+        check_names(values["method"], f"{where}: method")
         values = _of_run(values, settings, space, where)
     values = by_short_names(values, where)
     for name in sorted(values.keys() - space.keys()):

@@ -47,6 +47,14 @@ def hold_numbers(study: Any, stop: int) -> None:
         study.add_trial(create_trial(state=TrialState.RUNNING))
 
 
+def await_number(study: Any, number: int) -> None:
+    """Let the trial that a study is asked for next be `number`, which may be one that was held."""
+    hold_numbers(study, number)
+    trials = study.get_trials(deepcopy=False)
+    if number < len(trials) and trials[number].state == TrialState.RUNNING:
+        study._storage.set_trial_state_values(trials[number]._trial_id, TrialState.WAITING)
+
+
 def add_row(study: Any, space: Space, row: Row, ended: float | None = None) -> None:
     """Add a finished trial to a study under its number; `ended` is when (default: now)."""
     number = int(row.result["number"])

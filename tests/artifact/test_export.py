@@ -175,7 +175,7 @@ class TestFolder:
         torch.testing.assert_close(again.images, distilled.images[order], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["out", "set.parquet"])
+@pytest.mark.parametrize("name", ["out", "set.parquet", "set.PARQUET"])
 def test_whitening_goes_along_and_is_read_instead_of_fitted(
     name: str, toy: Any, planned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -183,6 +183,7 @@ def test_whitening_goes_along_and_is_read_instead_of_fitted(
     distilled = drawn(dataset, planned, pixel_space="zca")
     export_set(distilled, tmp_path / name)
     monkeypatch.setattr("ddray.artifact.foreign.pictures.pixel_space", None)  # nothing is fitted
+    assert (tmp_path / name).is_dir() == (name == "out")
 
     again = load(tmp_path / name, ForeignRequest(dataset))
 
@@ -196,7 +197,7 @@ def test_whitening_goes_along_and_is_read_instead_of_fitted(
 
 
 @pytest.mark.parametrize("space", ["raw", "normalized", "zca"])
-@pytest.mark.parametrize("name", ["out", "set.parquet"])
+@pytest.mark.parametrize("name", ["out", "set.parquet", "set.PARQUET"])
 def test_the_cards_code_gives_what_networks_are_trained_on(
     name: str, space: str, toy: Any, planned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +210,7 @@ def test_the_cards_code_gives_what_networks_are_trained_on(
     reading, encoding = re.findall(r"```python\n(.*?)```", text, re.S)
     values: dict[str, Any] = {}
     exec(reading, values)
-    is_table = name.endswith("parquet")
+    is_table = name != "out"
     order = slice(None) if is_table else distilled.labels.argsort(stable=True)
     if not is_table:
         exec(encoding, values)

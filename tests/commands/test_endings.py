@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from ddray.cli import _run
 from ddray.commands.display import bench_tables, nas_tables, next_step
@@ -77,6 +79,53 @@ def test_an_evaluation_in_a_folder_of_its_own_suggests_its_own_page() -> None:
     assert last(in_folder) == "next: ddray report /own/run"
 
 
+def test_the_command_after_a_self_supervised_set_names_its_protocol_and_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    distil = ("distill", "--method", "random_ssl", "--dataset", "digits", "--budget", "10", *TINY)
+    teacher = ("--set", "teacher.arch=convnet1_w8", "--set", "teacher.epochs=1", "--data-dir", tmp_path)
+
+    *_, last = printed(capsys, *distil, *teacher, "--run-dir", "a run")
+    assert last == "next: ddray evaluate 'a run/distilled.pt' --protocol linear --data-dir ."
+
+    words = shlex.split(last.removeprefix("next: ddray "))
+    quick = ("--seeds", 1, "--epochs", 1, "--set", "probe.steps=1")
+    *_, last = printed(capsys, *words, *quick)
+    assert last == "next: ddray report 'a run' --data-dir ."
+
+
+@pytest.mark.parametrize(
+    ("method", "end"),
+    [("dm", ""), ("sre2l", " --protocol soft"), ("kip", " --protocol kernel"), ("dd", " --protocol steps")],
+)
+def test_the_next_step_scores_a_set_as_its_authors_do(method: str, end: str) -> None:
+    values = {"method": method, "dataset": "cifar10", "ipc": 1, "run_dir": "/r", "steps": 10, "wall_s": 3.0}
+    values |= {"artifact": "/r/distilled.pt", "resumed_from_step": 0, "seconds_per_step": None}
+    result = DistillResult.parse({**values, "first_loss": None, "final_loss": None})
+
+    *_, last = distill_tables(result, ["--data-dir", "/d"])
+
+    assert last == f"next: ddray evaluate /r/distilled.pt{end} --data-dir /d"
+
+
+def test_how_a_dataset_is_read_goes_into_the_next_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / "my pets" / name).mkdir(parents=True)
+        for index in range(4):
+            pixels = torch.randint(256, (24, 24, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "my pets" / name / f"{index}.png")
+    reading = ("--data-dir", "elsewhere", "--image-size", 16, "--no-can-flip")
+
+    *_, last = printed(capsys, "data", "info", "my pets", *reading)
+
+    assert last.startswith("next: ddray distill --method dm --dataset 'my pets' --ipc 1")
+    assert last.endswith(" --data-dir elsewhere --image-size 16 --no-can-flip")
+
+
 def test_a_word_that_a_shell_would_split_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert (
@@ -93,11 +142,39 @@ def test_a_distillation_says_what_its_losses_and_seconds_are_and_what_was_cut() 
 
     text = text_of(distill_tables(DistillResult.parse(values)))
 
+    assert "resumed" not in text
+    assert "_" not in text.replace("method.lr_img", "")
     assert "2 in the first tenth of the steps, 0.5 in the last" in text
-    assert "3 (beside it: pool 60)" in text
+    assert "3 (0.1 per step; beside it: pool 60)" in text
     assert "steps 10 of 8,000" in text
     assert "method.lr_img" in text
     assert text.rstrip().endswith("next: ddray evaluate /r/distilled.pt")
+
+
+def test_a_distillation_in_words_on_80_columns() -> None:
+    values: dict[str, Any] = {"method": "krr_st", "dataset": "digits", "ipc": 1, "budget": 10, "steps": 10}
+    values |= {"run_dir": "/r", "artifact": "/r/distilled.pt", "name": "krr_st-digits", "wall_s": 20.0}
+    values |= {"resumed_from_step": 5, "seconds_per_step": 0.1, "first_loss": None, "final_loss": None}
+    values |= {"seconds": 40.0, "peak_memory_bytes": 931_049_472, "storage_floats": 25_600}
+    values |= {"half_memory_budget": True, "shards": 2, "cosine_to_real": 0.51234, "snapshots": "/r/s"}
+
+    table, _ = distill_tables(DistillResult.parse(values))
+
+    console = plain_console()
+    console.width = 80
+    with console.capture() as capture:
+        console.print(table)
+    rows = {
+        first.strip(): second.strip()
+        for _, first, second, _ in (line.split("│") for line in capture.get().splitlines() if "│" in line)
+    }
+    assert rows["resumed from step"] == "5"
+    assert rows["seconds"] == "40 (0.1 per step; 20 since this start)"
+    assert rows["peak memory, MB"] == "931"
+    assert rows["values stored"] == "25,600"
+    assert rows["half memory budget"] == "yes: memory had run out"
+    assert rows["cosine to real"] == "0.5123"
+    assert (rows["shards"], rows["sets along the steps"], rows["budget"]) == ("2", "/r/s", "10")
 
 
 def search_result(**values: Any) -> TuneResult:
@@ -120,6 +197,18 @@ def search_result(**values: Any) -> TuneResult:
             **values,
         }
     )
+
+
+def test_the_next_step_of_a_search_scores_as_it_did(tmp_path: Path) -> None:
+    artifact = tmp_path / "distilled.pt"
+    result = search_result(protocol="soft", artifact=str(artifact))
+    scoring = ["--teacher", "convnet3", "--data-dir", "/d"]
+
+    assert "picture" not in text_of(tune_tables(result, scoring))
+    artifact.with_suffix(".png").touch()
+    assert "distilled.png" in text_of(tune_tables(result, scoring))
+    *_, last = tune_tables(result, scoring)
+    assert last == f"next: ddray evaluate {artifact} --protocol soft --teacher convnet3 --data-dir /d"
 
 
 def test_a_search_speaks_of_the_preset_and_of_best_yaml() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -61,6 +62,27 @@ def test_a_methods_page_has_its_settings_and_the_next_command(
     names = [name for name, _, _ in fields_of(get_method("dm").config_type)]
     assert {"lr_img", "batch_real"} <= set(names)
     assert [name for name in names if name not in text] == []
+
+
+def test_a_methods_page_has_the_values_of_the_datasets_preset(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On digits dsdm's rate is not the class's default, which stands there where nothing is resolved."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert _run(["methods", "dsdm", "--json"], False) == 0
+    settings = {one["name"]: one for one in json.loads(capfd.readouterr().out)["settings"]}
+    assert (settings["lr_img"]["default"], settings["lr_img"]["value"]) == (0.1, 0.03)
+    assert (settings["pool.epochs"]["default"], settings["pool.epochs"]["value"]) == (20, 10)
+
+    assert _run(["methods", "dsdm"], False) == 0
+    text = capfd.readouterr().out
+    assert re.search(r"lr_img +│ 0.03 ", text)
+    assert "on digits, ipc 1" in text
+
+    assert _run(["methods", "dsdm", "--ipc", "0"], False) == 0
+    text = capfd.readouterr().out
+    assert re.search(r"lr_img +│ 0.1 ", text)
+    assert re.search(r"--set +┃ default ", text)
 
 
 def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

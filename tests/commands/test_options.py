@@ -21,6 +21,7 @@ from ddray.commands.options import _completion as completion
 from ddray.config import AbsolutePath, Config, Names, Result, named
 from ddray.jobs.options import PlanOptions
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 FIXED = {"--help", "--json"}
 
 
@@ -75,7 +76,14 @@ def test_every_help_has_an_example_that_parses(line: str, capsys: pytest.Capture
     example = re.search(rf"Example: ({line}.*)", EVERY[line].help)
     assert example
     assert "Example:" in text
-    EVERY[line].make_context("ddray", example[1].removeprefix(line).split())
+    words = example[1].removeprefix(line).split()
+    EVERY[line].make_context("ddray", words)
+    ours = [word for word in words if (REPOSITORY / Path(word).parts[0]).is_dir()]
+    assert [word for word in ours if not (REPOSITORY / word).is_file()] == []
+
+
+def test_an_example_is_of_a_file_in_the_repository() -> None:
+    assert "configs/bench/leaderboard.yaml" in EVERY["ddray bench"].help
 
 
 class Settings(Config):

@@ -253,7 +253,9 @@ class TestCommands:
         (line,) = capfd.readouterr().err.strip().splitlines()
         assert re.match(f"error: .*{message}", line)
 
-    def test_epochs_and_sets_reach_the_recipe(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_epochs_and_sets_reach_the_recipe(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         calls: list[dict[str, Any]] = []
 
         def record(dataset: Any, **settings: Any) -> PoolResult:
@@ -263,7 +265,10 @@ class TestCommands:
         monkeypatch.setattr(pool_api, "train_pool", record)
         sets = ["--set", "epochs=7", "--set", "lr=1e-1", "--seed", "4", "--out", "own"]
         assert _run(["pool", "train", "--kind", "supervised", *sets], False) == 0
+        assert "next:" not in capsys.readouterr().out, "`pool show` does not look there"
         assert _run([*self.TRAIN, *sets], False) == 0
+        assert _run(list(self.TRAIN), False) == 0
+        assert capsys.readouterr().out.endswith("next: ddray pool show k\n")
         assert calls[0]["recipe"] == {"epochs": 7, "lr": 0.1}
         assert (calls[0]["seed"], calls[0]["num_models"], calls[0]["arch"]) == (4, 1, "auto")
         assert calls[0]["folder"] == Path.cwd() / "own"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from inspect import getsource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from ddray.evaluation.robust import label_robust_score
 from ddray.tables.spec import read_spec
-from reports import bars, findings, sections
+from reports import bars, decoupled, diffusion, findings, optimisation, sections
 from reports.readme import readme
 from reports.regenerate import PARTS
-from reports.tables import TITLES
+from reports.scale import __main__ as scale
+from reports.scale.lab import Lab
+from reports.tables import PREPARED, TITLES, command_of
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports"
 
@@ -31,6 +36,73 @@ def test_the_page_is_that_of_the_stored_parts() -> None:
     assert len(parts) == len(PARTS)
     text = (REPORTS / "README.md").read_text(encoding="utf-8")
     assert readme(parts) == text, "run: python reports/regenerate.py render"
+
+
+@pytest.mark.parametrize("pages", [decoupled, optimisation, scale], ids=lambda module: module._RECORD.stem)
+def test_a_page_is_that_of_its_record(pages: Any) -> None:
+    lab = Lab(REPORTS, pages._RECORD, repeats=3, is_tiny=False)
+    text = pages._RECORD.with_suffix(".md").read_text(encoding="utf-8")
+    assert "\n".join(pages.page(lab.measured())) == text, f"run: python -m reports.{pages._RECORD.stem} PART"
+
+
+def test_the_page_of_d3hr_is_that_of_its_stored_parts() -> None:
+    text = (REPORTS / "d3hr.md").read_text(encoding="utf-8")
+    assert diffusion.render(part("d3hr")) == text, "run: python reports/diffusion.py render"
+
+
+def test_commands_reproduce_their_tables() -> None:
+    """Those whose data is prepared first are run by the script that does so; what is said stands outside."""
+    page = (REPORTS / "README.md").read_text(encoding="utf-8")
+    for name in TITLES:
+        assert part(name)["command"] == command_of(name)
+        assert f"`{command_of(name)}`" in page
+        assert (f"tables.measure(ddray, {name!r})" in getsource(PARTS[name]).replace('"', "'")) == (
+            name not in PREPARED
+        )
+    commands = re.findall(r"`((?:ddray|python|pytest) [^`]*)`", page)
+    assert len(commands) > 20
+    assert [command for command in commands if "(" in command] == []
+
+
+def test_the_summary_in_the_projects_readme_has_the_stored_numbers() -> None:
+    text = (REPORTS.parent / "README.md").read_text(encoding="utf-8")
+    rows = {"dm": "dm, 300 steps, batch_real 64"}
+    rows["datadam"] = "datadam paper (ZCA, p=4), 300 steps, batch_real 64"
+
+    def numbers(name: str, label: str) -> str:
+        (row,) = (row for row in part(name)["rows"] if row["method"] == label)
+        return findings.percent(row["mean"], row["std"])
+
+    lines = re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|(.*)\|$", text, re.MULTILINE)
+    assert [method for method, *_ in lines] == ["random", "class_mean", "dm", "datadam"]
+    for method, *cells in lines:
+        digits, cifar10, published = (cell.strip(" *") for cell in cells)
+        assert digits == numbers("digits", method)
+        assert cifar10 == numbers("cifar10", rows.get(method, method))
+        assert published == findings.published(method).partition(" (")[0].strip("-")
+    for method in ("datadam", "random"):
+        assert f"{numbers('digits', method).partition(' ')[0]} %" in text.partition("## Install")[0]
+
+
+def test_no_set_of_d3hr_or_its_generator_beats_ten_real_images_per_class() -> None:
+    for name in ("diffusion_table", "diffusion_mnist"):
+        cells = [one for one in part(name)["cells"] if one["ipc"] == 10]
+        for protocol in ("hard", "soft"):
+            scores = {c["method"]: c["accuracy_mean"] for c in cells if c["protocol"] == protocol}
+            assert max(scores, key=lambda method: scores[method]) == "random"
+
+
+def test_lrs_and_ars_are_in_percent_everywhere() -> None:
+    (cell,) = (
+        one
+        for one in part("leaderboard")["cells"]
+        if (one["method"], one["protocol"], one["ipc"]) == ("random", "robust", 1)
+    )
+    page = (REPORTS / "README.md").read_text(encoding="utf-8")
+    assert f"| random | {findings.percent(cell['lrs'])} / {findings.percent(cell['ars'])} |" in page
+    as_good = findings.percent(label_robust_score(0.0, 0.0))
+    docs = (REPORTS.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert f"scores {as_good}" in " ".join(docs.split())
 
 
 def test_the_page_is_for_readers() -> None:

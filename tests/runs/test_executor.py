@@ -64,6 +64,19 @@ def test_what_a_worker_does_is_read_from_its_report_while_it_runs(
     assert outcome.value == ""  # nobody would look
 
 
+def test_a_report_that_can_not_be_removed_fails_no_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(f"{path} can't be removed")
+
+    with LocalExecutor().workers() as workers, progress("bench", 1, watch=tmp_path / "progress"):
+        monkeypatch.setattr(Path, "unlink", refuse)
+        (outcome,) = workers.run([Task("a" * 64, works, (tmp_path,))])
+        monkeypatch.undo()
+    assert (outcome.value, outcome.error) == ("", None)
+
+
 @pytest.mark.parametrize(("times", "attempts", "ends_well"), [(0, 1, True), (2, 3, True), (3, 3, False)])
 def test_a_crash_is_tried_three_times(
     workers: WorkerPool,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -156,6 +157,21 @@ def test_a_report_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "2.json").write_text('{"title": "d')
     reports = read_reports(tmp_path)
     assert {key: row.counted() for key, row in reports.items()} == {"1": "3/9"}
+
+
+def test_a_report_that_can_not_be_removed_fails_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Network file systems refuse to remove a file that another node has open, among others."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EBUSY, "busy", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with reported_to(tmp_path / "1.json"), progress("dm", 9) as show:
+        show(1, "")
+    monkeypatch.undo()
+    assert (tmp_path / "1.json").is_file()
 
 
 def test_a_worker_reports_now_and_then(tmp_path: Path) -> None:

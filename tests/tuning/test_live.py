@@ -65,3 +65,34 @@ def test_the_eta_counts_what_running_trials_have_done(
         live.update(number, {}, "running", {})
         report(tmp_path, number, 45)
     assert "0/4, ETA 0:01:30" in drawn(live)
+
+
+@pytest.mark.parametrize("status", ["done", "failed", "stopped early"])
+def test_a_report_that_a_killed_worker_left_is_not_counted(
+    status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three trials one has ended and one is half done after 30 s: as much is left as was done."""
+    clock = iter([0.0, 30.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 30.0))
+    live = LiveTable(3, 0, tmp_path)
+    for number in (0, 1):
+        live.update(number, {}, "running", {})
+    report(tmp_path, 0, 80)
+    report(tmp_path / "0", 5, 80)
+    live.update(0, {}, status, {})
+    assert not list(tmp_path.iterdir())
+
+    report(tmp_path, 0, 80)  # written meanwhile
+    report(tmp_path, 1, 45)
+    report(tmp_path, 7, 80)  # of nobody
+    assert "1/3, ETA 0:00:30" in drawn(live)
+
+
+def test_the_eta_is_never_negative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 30.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 30.0))
+    live = LiveTable(2, 0, tmp_path)
+    for number in (0, 1, 2):
+        live.update(number, {}, "running", {})
+        report(tmp_path, number, 90)
+    assert "0/2, ETA 0:00:00" in drawn(live)

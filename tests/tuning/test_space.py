@@ -329,3 +329,10 @@ class TestConditions:
 @pytest.mark.parametrize("value", ["0.5", None, [0.5], math.nan, math.inf])
 def test_a_range_holds_only_numbers_between_its_ends(value: Any) -> None:
     assert not Range("uniform", 0.0, 1.0).contains(value)
+
+
+@pytest.mark.parametrize("name", [1, 0.5, True, None])
+def test_a_name_that_is_no_text_is_refused(name: Any) -> None:
+    rule = rf"^the space: a name must be a setting's, such as lr_img, got {name}; "
+    with pytest.raises(InputError, match=rule):
+        read_space({name: {"choice": [1, 2]}})

@@ -56,6 +56,11 @@ class TestRead:
         with pytest.raises(InputError, match=r"lr_img must be there once, got method\.lr_img too"):
             read_start_points([{"method.lr_img": 0.5, "lr_img": 0.5}], plan, settings, SPACE)
 
+    @pytest.mark.parametrize("source", [{1: 2}, {"method": {1: 2}}, {"lr_img": 0.5, 1: 2}])
+    def test_a_name_that_is_no_text_is_refused(self, plan: Plan, source: Any) -> None:
+        with pytest.raises(InputError, match=r"a start point: .*name must be a setting's, .* got 1; write"):
+            read_start_points([source], plan, Settings.of(plan, "hard"), SPACE)
+
     def test_a_runs_settings_are_taken_as_far_as_they_are_in_the_space(
         self, plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

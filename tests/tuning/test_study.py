@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from ddray.runs.ledger import Row
 from ddray.tuning.report import search_view
 from ddray.tuning.space import Range, read_space, sample
-from ddray.tuning.study import add_row, hold_numbers, study_of, write_study
+from ddray.tuning.study import add_row, await_number, hold_numbers, study_of, write_study
 
 SPACE = {
     "lr": Range("loguniform", 0.01, 10.0),
@@ -127,6 +127,23 @@ def test_a_trial_has_its_number_whatever_ends_first(tmp_path: Path) -> None:
     assert trials[0].intermediate_values == {5: 0.2, 20: 0.4}
     assert trials[0].user_attrs == {"number": 0}
     assert trials[3].value == 0.9
+
+
+def test_a_number_that_was_held_is_the_next_trials(tmp_path: Path) -> None:
+    """A resumed search: trial 2's worker was killed before its start event, 3 has a row."""
+    storage = write_study(tmp_path, "dm-digits", SPACE, [row(0), row(1), row(3)])
+    study = optuna.load_study(study_name="dm-digits", storage=storage)
+
+    for number in (2, 4):
+        await_number(study, number)
+        trial = study.ask()
+        assert trial.number == number
+        trial.suggest_float("lr", 0.01, 10.0, log=True)
+        study.tell(trial, 0.1 * number)
+
+    trials = read_journal(tmp_path, "dm-digits").trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 5
+    assert trials[2].value == 0.2
 
 
 def test_the_study_has_real_times_and_a_named_axis(tmp_path: Path) -> None:
