@@ -79,7 +79,8 @@ def _seconds(values: dict[str, Any]) -> str:
     seconds = wall if of_all is None else of_all
     notes = [] if per_step is None else [f"{per_step:.3g} per step"]
     with_pool, whitening = with_pool or seconds, whitening or 0.0
-    if all(abs(wall - total) > max(1.0, 0.05 * total) for total in (seconds, with_pool, with_pool + whitening)):
+    totals = (seconds, with_pool, with_pool + whitening)
+    if all(abs(wall - total) > max(1.0, 0.05 * total) for total in totals):
         notes.append(f"{wall:.4g} since this start")  # a part of them was another process's
     parts = {"pool": with_pool - seconds, "whitening": whitening}
     beside = ", ".join(f"{name} {value:.4g}" for name, value in parts.items() if value > 0)
