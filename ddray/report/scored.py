@@ -141,7 +141,8 @@ def size_fields(values: Mapping[str, Any]) -> dict[str, int]:
 
 def conditions_of(options: Mapping[str, Any], split: str, stage: str = "") -> dict[str, str]:
     """Return how an evaluation differs from its protocol's defaults, by a cell's fields."""
-    settings = {name: value for name, value in options.items() if name not in _NOT_SETTINGS}
+    names = [name for name in ("recipe", "epochs", *options) if name not in _NOT_SETTINGS]  # as in a table
+    settings = {name: options[name] for name in names if name in options}
     parts = (settings_text(settings), f"split={split}" if split != "test" else "", stage)
     fields = {
         "teacher": ", ".join(options.get("teachers", ())),

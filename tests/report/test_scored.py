@@ -179,11 +179,12 @@ def test_a_set_with_a_budget_is_matched_by_it(run_dir: Path) -> None:
 
 
 def test_settings_are_as_they_were_typed(run_dir: Path) -> None:
-    options = {"sets": ["teacher.epochs=30", "lr=0.1"], "epochs": 2, "seeds": 3, "augment": "none"}
+    options = {"epochs": 2, "seeds": 3, "augment": "none", "recipe": "idc"}
+    options |= {"sets": ["teacher.epochs=30", "lr=0.1"]}
     note(run_dir, run_dir / "distilled.pt", 0.5, options=options, split="val")
 
     (cell,) = read_run(run_dir).cells
-    assert cell["settings"] == "teacher.epochs=30, lr=0.1, epochs=2, split=val"
+    assert cell["settings"] == "recipe=idc, epochs=2, teacher.epochs=30, lr=0.1, split=val"
     assert cell["augment"] == "none"
 
 

@@ -36,6 +36,13 @@ def test_units_are_the_product_of_the_axes() -> None:
         }
 
 
+def test_a_cells_settings_are_as_people_type_them() -> None:
+    options = {"protocol": "soft", "teacher": ["convnet1_w8"], "epochs": 2}
+    evaluation = {**options, "options": {"sets": ["teacher.epochs=3", "lr=0.1"]}}
+    graph = build_graph(spec(evaluate=evaluation), open_dataset)
+    assert {cell.settings for cell in graph.cells} == {"epochs=2, teacher.epochs=3, lr=0.1"}
+
+
 def test_a_set_is_shared_by_evaluations_and_rows_that_score_more_networks() -> None:
     rows = ["random", {"name": "random", "label": "b", "set": {"evaluate.seeds": 7}}]
     scored = [{"seeds": 1, "augment": augment} for augment in ("dsa", "none")] + [{"epochs": 1}]
