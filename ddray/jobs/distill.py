@@ -149,14 +149,17 @@ def distill(
     with run.continued("the run"):
         distiller, distillation = recovering(_run, plan, ctx, run, unit)
     result = finish_run(plan, run, unit, distillation, out, getattr(distiller, "representations", None))
-    row = run.ledger.row(unit.key)
-    if is_new and row is not None and distillation.seconds is not None:
-        signature = {"kind": "distill", "what": plan.method, "which": plan.dataset.name}
-        # Its pool's entries have costs of their own.
-        without_pool = row.model_copy(update={"wall_s": distillation.seconds})
-        with suppress(StorageError):  # forecasts lack it; the run is done
-            record_costs(signature, [(without_pool, plan.work)], device.type)
+    if is_new:
+        _record_cost(plan, run.ledger.row(unit.key), distillation.seconds, device.type)
     return result
+
+
+def _record_cost(plan: Plan, row: Row | None, seconds: float | None, device: str) -> None:
+    """Store what a set took, for forecasts; without its pool, whose entries have costs of their own."""
+    if row is not None and seconds is not None:
+        signature = {"kind": "distill", "what": plan.method, "which": plan.dataset.name}
+        with suppress(StorageError):  # forecasts lack it; the run is done
+            record_costs(signature, [(row.model_copy(update={"wall_s": seconds}), plan.work)], device)
 
 
 def start_run(

@@ -23,7 +23,7 @@ _KEYS: Final = {
     "results",
 }
 _SCORED_SET: Final = "set.json"
-_DEPTH: Final = 2  # a set lies in its run's folder, or in a folder of that
+_DEPTH: Final = 3  # a set lies in its run's folder, or up to two folders below
 
 
 def append_score(folder: Path, score: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ddray.drawing.text import percent_short
 from ddray.evaluation.robust import label_robust_score
 from ddray.tables.spec import read_spec
 from reports import bars, decoupled, diffusion, findings, optimisation, sections
@@ -71,7 +72,7 @@ def test_the_summary_in_the_projects_readme_has_the_stored_numbers() -> None:
 
     def numbers(name: str, label: str) -> str:
         (row,) = (row for row in part(name)["rows"] if row["method"] == label)
-        return findings.percent(row["mean"], row["std"])
+        return percent_short(row["mean"], row["std"])
 
     lines = re.findall(r"^\| `(\w+)` \|(.*)\|(.*)\|(.*)\|$", text, re.MULTILINE)
     assert [method for method, *_ in lines] == ["random", "class_mean", "dm", "datadam"]
@@ -99,8 +100,8 @@ def test_lrs_and_ars_are_in_percent_everywhere() -> None:
         if (one["method"], one["protocol"], one["ipc"]) == ("random", "robust", 1)
     )
     page = (REPORTS / "README.md").read_text(encoding="utf-8")
-    assert f"| random | {findings.percent(cell['lrs'])} / {findings.percent(cell['ars'])} |" in page
-    as_good = findings.percent(label_robust_score(0.0, 0.0))
+    assert f"| random | {percent_short(cell['lrs'])} / {percent_short(cell['ars'])} |" in page
+    as_good = percent_short(label_robust_score(0.0, 0.0))
     docs = (REPORTS.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
     assert f"scores {as_good}" in " ".join(docs.split())
 

@@ -13,7 +13,9 @@ from ddray.system.files import file_sha256
 
 PROCESSES = 4
 SCORE: dict[str, Any] = {
-    **dict.fromkeys(("artifact", "method", "dataset", "ipc", "protocol", "split", "options")),
+    **dict.fromkeys(
+        ("artifact", "artifact_sha256", "method", "dataset", "ipc", "protocol", "split", "options")
+    ),
     "results": [{"arch": "convnet3", "per_seed": [0.5]}],
 }
 
