@@ -12,10 +12,9 @@ from ddray.runs.scores import append_score, read_scores, remember_run, run_of
 from ddray.system.files import file_sha256
 
 PROCESSES = 4
+_NAMES = ("artifact", "artifact_sha256", "method", "dataset", "ipc", "protocol", "split", "options")
 SCORE: dict[str, Any] = {
-    **dict.fromkeys(
-        ("artifact", "artifact_sha256", "method", "dataset", "ipc", "protocol", "split", "options")
-    ),
+    **dict.fromkeys(_NAMES),
     "results": [{"arch": "convnet3", "per_seed": [0.5]}],
 }
 
