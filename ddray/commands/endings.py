@@ -31,7 +31,7 @@ def distill_tables(result: DistillResult, reading: Sequence[object] = ()) -> lis
         "loss": _loss(values.pop("first_loss"), values.pop("final_loss")),
         "seconds": _seconds(values),
         **_size(values.pop("size_bytes", None), values.pop("made_of", None)),
-        "peak memory, MB": _megabytes(values.pop("peak_memory_bytes", None)),
+        "peak memory": _bytes(values.pop("peak_memory_bytes", None)),
         "values stored": _thousands(values.pop("storage_floats", None)),
         "half memory budget": "yes: memory had run out" if values.pop("half_memory_budget", None) else None,
         "sets along the steps": values.pop("snapshots", None),
@@ -88,8 +88,11 @@ def _seconds(values: dict[str, Any]) -> str:
     return f"{seconds:.4g}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
-def _megabytes(size: int | None) -> str | None:
-    return None if size is None else f"{size / 1e6:,.0f}"
+def _bytes(size: int | None) -> str | None:
+    """Return a size as `13.6 kB`."""
+    from rich.filesize import decimal
+
+    return None if size is None else decimal(size)
 
 
 def _thousands(number: int | None) -> str | None:
@@ -100,8 +103,8 @@ def _size(size_bytes: int | None, made_of: dict[str, int] | None) -> dict[str, s
     """Return the row of a file's size, and of what it is made of."""
     if size_bytes is None:
         return {}
-    parts = ", ".join(f"{name} {size / 1e6:.3g}" for name, size in (made_of or {}).items())
-    return {"MB": f"{size_bytes / 1e6:.3g}" + (f" ({parts})" if parts else "")}
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in (made_of or {}).items())
+    return {"size": f"{_bytes(size_bytes)}" + (f" ({parts})" if parts else "")}
 
 
 def evaluation(file: Path, result: EvaluateResult, reading: Sequence[object] = ()) -> list[Any]:

@@ -170,7 +170,7 @@ def test_a_distillation_in_words_on_80_columns() -> None:
     }
     assert rows["resumed from step"] == "5"
     assert rows["seconds"] == "40 (0.1 per step; 20 since this start)"
-    assert rows["peak memory, MB"] == "931"
+    assert rows["peak memory"] == "931.0 MB"
     assert rows["values stored"] == "25,600"
     assert rows["half memory budget"] == "yes: memory had run out"
     assert rows["cosine to real"] == "0.5123"
