@@ -239,7 +239,7 @@ def nas_tables(result: NasResult, reading: Sequence[object] = ()) -> list[Any]:
     from ddray.ranking.figures_of_merit import ENOUGH_ARCHS, TOO_FEW, is_telling
 
     title = f"{result.num_archs} architectures of {result.space}"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title=title, box=box.SIMPLE, padding=0)
     table.add_column("proxy", overflow="fold")
     for name in ("Spearman", "95 %", "top 20 %", "top-1 %", "best %", "test %", "images", "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
