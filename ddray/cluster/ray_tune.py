@@ -19,6 +19,7 @@ from ddray.errors import DdrayError, DeviceMissingError, StorageError
 from ddray.runs.executor import MAX_ATTEMPTS
 from ddray.runs.ledger import Row
 from ddray.runs.recovery import recovering
+from ddray.system.interrupts import handlers_restored
 from ddray.system.progress import reported_to, reports_in
 from ddray.system.worker import prepare_worker
 from ddray.tuning.live import LiveTable
@@ -180,7 +181,7 @@ def run_tune(search: Search, payload: Payload, slots: int) -> None:
             verbose=0,
         ),
     )
-    with live.display():
+    with live.display(), handlers_restored():
         tuner.fit()
     if publisher.error is not None:
         raise publisher.error

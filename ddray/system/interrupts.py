@@ -15,6 +15,24 @@ class SavedInterrupt(KeyboardInterrupt):
 
 
 @contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Restore the handlers of SIGINT, SIGTERM and SIGUSR1 after the block.
+
+    Ray Tune leaves its own, which swallows the first signal after a search.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # not from Python
+                signal.signal(number, handler)
+
+
+@contextmanager
 def deferred_interrupts(on_signal: Callable[[], object]) -> Iterator[Callable[[], bool]]:
     """Let the first signal wait while the block runs; yield a function that says whether it came.
 

@@ -137,6 +137,7 @@ def test_asha_stops_poor_trials_early_but_never_the_papers_point(tmp_path: Path)
         "evaluate": {"epochs": 8, "seeds": 1},
         "method": {"batch_real": 4, "lr_img": 1e-6},
     }
+    handler = signal.getsignal(signal.SIGINT)
     out = search(
         run,
         "lr_img: {loguniform: [0.1, 1.0]}",
@@ -144,6 +145,7 @@ def test_asha_stops_poor_trials_early_but_never_the_papers_point(tmp_path: Path)
         strategy="asha-tpe",
         layers=layers,
     )
+    assert signal.getsignal(signal.SIGINT) is handler  # Tune's own would swallow the next signal
     rows = trials(run)
     assert [int(row.spec["number"]) for row in rows] == list(range(7))
     assert sorted(map(int, rows[0].result["rungs"])) == [1, 3, 9]

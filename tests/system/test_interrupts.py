@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from ddray.system.interrupts import deferred_interrupts
+from ddray.system.interrupts import deferred_interrupts, handlers_restored
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -45,6 +45,16 @@ def test_a_signal_ends_a_block_that_fails_or_is_done(
         block()
     assert str(raised.value) == ("saved" if isinstance(error, KeyboardInterrupt) else "")
     assert ("out of memory" in caplog.text) == isinstance(error, RuntimeError)
+
+
+def test_handlers_that_a_library_leaves_are_undone() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+
+    with handlers_restored():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, lambda number, frame: None)
+
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
 
 
 def test_others_handlers_stay() -> None:
