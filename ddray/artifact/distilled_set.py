@@ -322,7 +322,7 @@ def whitening_in(file: Path) -> str | None:
 
 @lru_cache(maxsize=64)
 def _whitening_in(file: Path, mtime_ns: int, size: int) -> str:
-    """Return as `whitening_in`, of a file as it was at a time: hashing takes a tenth of a second."""
+    """Return as `whitening_in`, of a file as it was at a time: it is read and hashed once."""
     contents = load_plain(file)
     return whitening_name({key: contents[key] for key in ZCA})
 

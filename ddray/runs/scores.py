@@ -59,13 +59,12 @@ def _is_score(line: object) -> bool:
 
 
 def note_scored_set(evaluation: Path, set_file: Path, folder: Path) -> None:
-    """Note in an evaluation's own run folder which set it scored, and the run in `folder` that wrote it.
-
-    Raises:
-        StorageError: the note can't be written.
-    """
-    note = {"run": str(folder), "artifact": set_file.name, "artifact_sha256": file_sha256(set_file)}
-    write_text(evaluation / _SCORED_SET, json.dumps(note))
+    """Note in an evaluation's own run folder which set it scored, and the run in `folder` that wrote it."""
+    try:
+        note = {"run": str(folder), "artifact": set_file.name, "artifact_sha256": file_sha256(set_file)}
+        write_text(evaluation / _SCORED_SET, json.dumps(note))
+    except (StorageError, OSError) as error:  # costs no result
+        log.warning("the page of %s will not say what its set's run cut: %s", evaluation, error)
 
 
 def read_scored_set(evaluation: Path) -> dict[str, str]:

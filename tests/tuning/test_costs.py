@@ -113,6 +113,26 @@ def test_the_wall_time_counts_rounds_of_this_machines_workers(
     assert "wall time" not in printed(elsewhere)
 
 
+def test_features_are_counted_apart_from_the_networks_that_are_asked_for_too() -> None:
+    sets = ("arch=convnet1_w8", "augment=none", "pool.num_models=2", "compile=off")
+    costs = api.forecast_tune("dsdm", ipc=1, num_samples=1, sets=sets, gpus_per_trial=0)
+    lines = [line for line in costs["units"] if line["kind"] == "pool"]
+    assert [(line["units"], line["missing"]) for line in lines] == [(2, 2), (2, 2)]
+
+
+def test_a_sets_cost_is_without_its_pools(tmp_path: Path) -> None:
+    settings = {"arch": "convnet1_w8", "feature_epochs": 1, "compile": "off"}
+    api.distill("kcenter", "digits", settings=settings, run_dir=tmp_path / "run")
+    (line,) = map(json.loads, costs_file().read_text().splitlines())
+    (entry,) = (
+        json.loads(path.read_text())
+        for path in (costs_file().parent / "pool").glob("*/entry.json")
+        if json.loads(path.read_text())["spec"]["kind"] == "supervised"
+    )
+    assert (line["kind"], line["what"]) == ("distill", "kcenter")
+    assert 0 <= line["wall_s"] < entry["wall_s"]
+
+
 def test_networks_of_the_pool_are_counted_until_they_are_there() -> None:
     sets = ("arch=convnet1_w8", "feature_epochs=1", "compile=off")
 

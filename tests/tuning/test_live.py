@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,18 @@ def report(folder: Path, number: int, done: int) -> None:
     folder.mkdir(exist_ok=True)
     fields = {"title": "dm on digits", "done": done, "total": 90, "note": "loss 0.5, 0.1 s/step"}
     (folder / f"{number}.json").write_text(json.dumps(fields))
+
+
+def after_30_s(
+    total: int, running: Iterable[int], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> LiveTable:
+    """A table whose trials `running` began 30 s ago."""
+    clock = iter([0.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 30.0))
+    live = LiveTable(total, 0, folder)
+    for number in running:
+        live.update(number, {}, "running", {})
+    return live
 
 
 def test_a_running_trial_is_a_row_that_moves_until_it_has_ended(tmp_path: Path) -> None:
@@ -58,11 +71,8 @@ def test_the_eta_counts_what_running_trials_have_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of four trials are half done after 30 s: that is one trial's work, and three are left."""
-    clock = iter([0.0, 30.0])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 30.0))
-    live = LiveTable(4, 0, tmp_path)
+    live = after_30_s(4, (1, 2), tmp_path, monkeypatch)
     for number in (1, 2):
-        live.update(number, {}, "running", {})
         report(tmp_path, number, 45)
     assert "0/4, ETA 0:01:30" in drawn(live)
 
@@ -72,11 +82,7 @@ def test_a_report_that_a_killed_worker_left_is_not_counted(
     status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of three trials one has ended and one is half done after 30 s: as much is left as was done."""
-    clock = iter([0.0, 30.0])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 30.0))
-    live = LiveTable(3, 0, tmp_path)
-    for number in (0, 1):
-        live.update(number, {}, "running", {})
+    live = after_30_s(3, (0, 1), tmp_path, monkeypatch)
     report(tmp_path, 0, 80)
     report(tmp_path / "0", 5, 80)
     live.update(0, {}, status, {})
@@ -89,10 +95,7 @@ def test_a_report_that_a_killed_worker_left_is_not_counted(
 
 
 def test_the_eta_is_never_negative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 30.0])
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock, 30.0))
-    live = LiveTable(2, 0, tmp_path)
+    live = after_30_s(2, (0, 1, 2), tmp_path, monkeypatch)
     for number in (0, 1, 2):
-        live.update(number, {}, "running", {})
         report(tmp_path, number, 90)
     assert "0/2, ETA 0:00:00" in drawn(live)
