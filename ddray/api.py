@@ -27,14 +27,13 @@ from ddray.jobs.context import make_context, make_distiller, on_device
 from ddray.jobs.options import DistillOptions, PlanOptions, ShardOptions
 from ddray.jobs.plan import Plan, plan_of
 from ddray.nets.names import register_net
-from ddray.ranking import DEFAULT_SPACE
 from ddray.ranking.options import NasModes, NasOptions, NasRequest, named_file
-from ddray.ranking.result import ArchList, NasResult
+from ddray.ranking.result import NasResult
 from ddray.runs.folder import read_config
 from ddray.runs.recovery import recovering
 from ddray.system.options import RunOptions
 from ddray.tables.options import BenchOptions
-from ddray.tables.result import BenchResult, Forecast
+from ddray.tables.result import BenchResult, ClaimsResult, Forecast
 from ddray.tables.spec import BenchSpec, read_spec
 from ddray.tuning.costs import SearchForecast
 from ddray.tuning.options import TuneOptions
@@ -43,7 +42,7 @@ from ddray.tuning.result import TuneResult
 AnyDataset: TypeAlias = str | Path | Dataset | Own
 """A name, a path, an open dataset, a torch Dataset, or (images, labels) as `data.own.store` takes."""
 
-__all__ = ["bench", "distill", "evaluate", "export", "load", "nas", "tune"]
+__all__ = ["bench", "claims", "distill", "evaluate", "export", "load", "nas", "tune"]
 
 
 def _plan(
@@ -318,15 +317,6 @@ def nas(
         )
 
 
-def describe_archs(archs: str = "all", space: str = DEFAULT_SPACE) -> ArchList:
-    """Return architectures of a NAS space with their sizes and choices: `ddray nas --describe`."""
-    from ddray.ranking.result import ArchList
-    from ddray.ranking.spaces import get_space, parse_indices
-
-    nas_space = get_space(space)
-    return ArchList(archs=[nas_space.describe(index) for index in parse_indices(archs, nas_space)])
-
-
 @takes(BenchOptions, RunOptions)
 def bench(file: str | Path | Mapping[str, Any], **options: Any) -> BenchResult:
     """Run a table, methods x datasets x sizes x seeds, and set its numbers beside the published ones.
@@ -350,6 +340,29 @@ def bench(file: str | Path | Mapping[str, Any], **options: Any) -> BenchResult:
     prepared = prepare(spec, parsed)
     with sigterm_as_sigint():
         return run_bench(prepared, bench_executor(parsed), run_dir=run.run_dir, resume=run.resume)
+
+
+@takes(BenchOptions, RunOptions)
+def claims(file: str | Path | Mapping[str, Any], **options: Any) -> ClaimsResult:
+    """Run a table and say which of its claims hold, by a paired test over its sets.
+
+    Args:
+        file: the bench file with `claims`, or what it would hold.
+        options: see below.
+
+    Raises:
+        InputError: the table or an option is bad, or it has no claims.
+        DdrayError: no cell was scored.
+    """
+    from ddray.report.page import write_page
+
+    if not _spec(file, BenchOptions.pick(options)).claims:
+        raise InputError("a file must have claims: [{say, better, worse}] for this, got none")
+    result = bench(file, **options)
+    page = Path(result.run_dir) / "report.html"
+    write_page([page.parent], page, planes=False)
+    facts = {name: getattr(result, name) for name in ClaimsResult.model_fields if name in result}
+    return ClaimsResult(**facts, report=str(page))
 
 
 @takes(BenchOptions, RunOptions)

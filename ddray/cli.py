@@ -12,6 +12,7 @@ import typer
 
 import ddray
 from ddray.commands.bench import bench
+from ddray.commands.claims import claims
 from ddray.commands.data import data_info, data_list
 from ddray.commands.distill import distill
 from ddray.commands.doctor import doctor
@@ -27,7 +28,7 @@ from ddray.system.memory import reuse_freed_memory
 
 _PANELS = {  # in the order of --help
     "Distil and score": (distill, evaluate, export),
-    "Search and compare": (tune, nas, bench, report),
+    "Search and compare": (tune, nas, bench, claims, report),
     "What there is": (methods, doctor),
 }
 app = typer.Typer(name="ddray", no_args_is_help=True, pretty_exceptions_enable=False)

@@ -70,13 +70,14 @@ def _value(value: Any) -> str:
     return str(value)
 
 
-def _table(title: str | None, headers: Sequence[Any], rows: Iterable[Iterable[object]]) -> Any:
+def table(title: str | None, headers: Sequence[Any], rows: Iterable[Iterable[object]]) -> Any:
+    """Return a table of texts; None is an empty cell."""
     from rich.table import Table
 
-    table = Table(*headers, title=title)
+    drawn = Table(*headers, title=title)
     for row in rows:
-        table.add_row(*(None if cell is None else str(cell) for cell in row))
-    return table
+        drawn.add_row(*(None if cell is None else str(cell) for cell in row))
+    return drawn
 
 
 def pool_list(models: Sequence[PoolModel]) -> list[Any]:
@@ -100,7 +101,7 @@ def pool_table(models: Sequence[PoolModel]) -> Any:
         )
         for model in models
     )
-    return _table("pool", headers, rows)
+    return table("pool", headers, rows)
 
 
 def entry_tables(result: PoolEntryInfo) -> list[Any]:
@@ -133,12 +134,12 @@ def evaluate_tables(title: str, protocol: str, result: dict[str, Any]) -> list[A
     headers = ("arch", "accuracy %", "std", *extra, "networks", "images", "seconds", *memory)
     if "learned_lr" in result:
         title += f", at the learned rate {result['learned_lr']:.4g}"
-    tables = [_table(title, headers, rows)]
+    tables = [table(title, headers, rows)]
     if measures := get_protocol(protocol).measures:
         lines = [dict(_measured(one, measures)) for one in results]
         titles = ("arch", *lines[0])
         pairs = zip(results, lines, strict=True)
-        tables.append(_table(None, titles, ((one["arch"], *line.values()) for one, line in pairs)))
+        tables.append(table(None, titles, ((one["arch"], *line.values()) for one, line in pairs)))
     if folder := result.get("run_dir"):
         tables.append(table_of("record", {"run": folder, "failed networks": result["num_failed"]}))
     return tables
@@ -207,7 +208,7 @@ def method_tables(page: MethodPage, dataset: str, ipc: int, last: str) -> list[A
     )
     return [
         *(page.description, "", table_of(page.name, facts)),
-        *([_table("settings", ("--set", values, "meaning"), settings)] if page.settings else ()),
+        *([table("settings", ("--set", values, "meaning"), settings)] if page.settings else ()),
         last,
     ]
 
@@ -225,7 +226,7 @@ def archs_table(space: str, archs: Sequence[dict[str, Any]]) -> Any:
         )
         for arch in archs
     )
-    return _table(space, ("index", "architecture", "million parameters", "million FLOPs"), rows)
+    return table(space, ("index", "architecture", "million parameters", "million FLOPs"), rows)
 
 
 def nas_tables(result: NasResult, reading: Sequence[object] = ()) -> list[Any]:
@@ -287,10 +288,10 @@ def bench_tables(result: BenchResult, reading: Sequence[object] = ()) -> list[An
     varied = [column for column in columns if column not in fixed]
     title = ", ".join([result.name, *(column.text_of(cells[0]) for column in fixed), *generators_of(cells)])
     rows = ([_text(column, cell) for column in varied] for cell in cells)
-    tables = [_table(title, [column.header for column in varied], rows)]
+    tables = [table(title, [column.header for column in varied], rows)]
     if result.failures:
         failures = ((failure["unit"], failure["reason"][:400]) for failure in result.failures)
-        tables.append(_table("failures", ("unit", "reason"), failures))
+        tables.append(table("failures", ("unit", "reason"), failures))
     names = {"costs": "costs.csv", "along the steps": "along.png"}
     files = {title: Path(result.run_dir) / name for title, name in names.items()}
     summary = {
@@ -343,11 +344,11 @@ def forecast_tables(forecast: dict[str, Any]) -> list[Any]:
         summary["pool"] = "some methods report which networks they need only once they start"
     of_units = ("kind", "unit", "units", "missing", "needs", "device time", "peak MB")
     title = ", ".join([forecast["name"], forecast["scale"], *generators_of(forecast["cells"])])
-    tables = [_table(title, of_units, rows), table_of("forecast", summary)]
+    tables = [table(title, of_units, rows), table_of("forecast", summary)]
     comparisons = list(comparisons_of(forecast["cells"]))
     if comparisons:
         headers = ("method", "dataset", "size", "arch", "beside the published", "differs")
-        tables.append(_table("comparisons", headers, comparisons))
+        tables.append(table("comparisons", headers, comparisons))
     return tables
 
 
@@ -369,7 +370,7 @@ def search_forecast_tables(forecast: SearchForecast) -> list[Any]:
     }
     if forecast.is_upper_bound:
         summary["at most"] = "every trial is counted at full length, of which some are stopped early"
-    return [_table(title, headers, rows), table_of("forecast", summary)]
+    return [table(title, headers, rows), table_of("forecast", summary)]
 
 
 def _expected(forecast: Mapping[str, Any]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from ddray.errors import InputError
 from ddray.nets.build import Net
 from ddray.ranking import get_definition, space_names
 from ddray.ranking.options import NasConfig, NasOptions
+from ddray.ranking.result import ArchList
 from ddray.seeding import derive_numpy
 
 if TYPE_CHECKING:
@@ -214,3 +215,9 @@ def parse_indices(text: str, space: NasSpace) -> list[int]:
     if len(set(indices)) < len(indices):
         raise InputError(f"indices of {space.name} must differ, got {text!r}")
     return indices
+
+
+def described(archs: str, space: str) -> ArchList:
+    """Return architectures of a space with their sizes and choices: `ddray nas --describe`."""
+    nas_space = get_space(space)
+    return ArchList(archs=[nas_space.describe(index) for index in parse_indices(archs, nas_space)])

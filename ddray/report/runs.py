@@ -21,6 +21,7 @@ from ddray.runs.ledger import Ledger, Row, classes_of
 from ddray.runs.scores import read_scored_set
 from ddray.system.grouping import grouped
 from ddray.tables.along import group_of
+from ddray.tables.claims import Verdict
 from ddray.tables.table import (
     accuracy_of,
     cells_of,
@@ -113,6 +114,7 @@ class RunView:
     skipped: tuple[str, ...]  # units that could not run because of them
     sets: tuple[SetView, ...]  # distilled sets, one per row, dataset, size and seed
     scored: tuple[Scored, ...]  # a bench's cells with the rows behind them
+    claims: tuple[Verdict, ...]  # what became of a bench's claims
     corrupt: tuple[str, ...]  # damaged files that were set aside
 
     @property
@@ -176,6 +178,7 @@ def read_run(folder: Path) -> RunView:
         skipped=tuple(cells_file.get("skipped", ())),
         sets=tuple(sorted(_sets(folder, config, rows, cells), key=SetView.sort_key)),
         scored=tuple(Scored(cell, tuple(done[key] for key in cell.keys if key in done)) for cell in planned),
+        claims=tuple(_claims(folder)),
         corrupt=tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*.corrupt"))),
     )
 
@@ -188,6 +191,17 @@ def _read_cells(folder: Path) -> dict[str, Any]:
     except InputError as error:  # the rows hold the same, except a NAS sweep's cells
         log.warning("%s; the table is rebuilt from the ledger's rows", error)
         return {}
+
+
+def _claims(folder: Path) -> Iterator[Verdict]:
+    """Yield the verdicts of a run's claims.json; none for runs without, or if it is damaged."""
+    path = folder / "claims.json"
+    if not path.is_file():
+        return
+    try:
+        yield from [Verdict.parse(values) for values in _read_json(path)["claims"]]
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        log.warning("no claims: %s: %s", path, error)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

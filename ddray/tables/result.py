@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, Field
 
-from ddray.config import Result
+from ddray.config import Result, added
+from ddray.tables.claims import TEST, Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +40,8 @@ class BenchResult(Result):
     skipped: list[Any]
     anomalies: list[str] = Field(default_factory=list)
     """What looks wrong in the table, one sentence each."""
+    claims: list[Verdict] = added([])
+    """Of a file with claims: what became of each."""
     wall_s: float
 
     def to_pandas(self) -> pd.DataFrame:
@@ -46,6 +49,22 @@ class BenchResult(Result):
         import pandas as pd
 
         return pd.json_normalize([cell.dump() for cell in self.cells])
+
+
+class ClaimsResult(Result):
+    """What `ddray claims` returns."""
+
+    name: str = Field(exclude=True)
+    """The table's."""
+    run_dir: str
+    report: str
+    """The page."""
+    test: str = TEST
+    """How claims are decided, in words."""
+    claims: list[Verdict]
+    num_failed: int
+    failures: list[dict[str, Any]]
+    wall_s: float
 
 
 class Forecast(Result):

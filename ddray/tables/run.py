@@ -22,6 +22,7 @@ from ddray.system.progress import progress
 from ddray.tables.along import write_along, write_costs
 from ddray.tables.anomalies import anomalies
 from ddray.tables.checks import check_row_shards
+from ddray.tables.claims import TEST, Verdict, pairs_of, verdicts
 from ddray.tables.cost import record_cost, record_sweep_costs, share_done
 from ddray.tables.graph import build_graph
 from ddray.tables.nas_table import NasSweep, resolve_sweeps, score_sweep
@@ -67,6 +68,7 @@ def prepare(spec: BenchSpec, options: BenchOptions) -> Bench:
             check_row_shards(row, plan, unit.shards, unit.split.carve(plan.dataset.train())[0])
 
     graph = build_graph(spec, get, check)
+    pairs_of(spec.claims, graph.cells)
     sweeps = resolve_sweeps(graph, spec, options, get)
     return Bench(spec, options, graph, sweeps, {name: data.fingerprint for name, data in opened.items()})
 
@@ -105,6 +107,7 @@ def run_bench(
         write_along(run.folder, cells)
         report = {"cells": cells, "failures": failures, "skipped": skipped}
         write_text(run.folder / "cells.json", json.dumps(report, indent=1))
+    claims = _claims(bench, run)
     if not cells:
         reasons = sorted({str(failure["reason"]) for failure in failures}) or ["no unit was run"]
         raise DdrayError(f"no cell of the table was scored: {'; '.join(reasons)[:400]}")
@@ -116,13 +119,24 @@ def run_bench(
         failures=failures,
         skipped=skipped,
         anomalies=anomalies(bare_cells),
+        claims=claims,
         wall_s=time.perf_counter() - begin,
     )
+
+
+def _claims(bench: Bench, run: Run) -> list[Verdict]:
+    """Decide the table's claims and write them to claims.json; StorageError if the disk is full."""
+    decided = verdicts(bench.spec.claims, bench.graph.cells, run.ledger.row)
+    if decided:
+        report = {"test": TEST, "claims": [verdict.dump() for verdict in decided]}
+        write_text(run.folder / "claims.json", json.dumps(report, indent=1))
+    return decided
 
 
 def _config(bench: Bench) -> dict[str, Any]:
     """Return what the run's config.yaml says of the bench."""
     left_out: dict[str, Any] = {"replaced": True}  # it follows from the scale
+    left_out["claims"] = True  # others may be asked of the same sets
     if all(row.name != WHOLE for row in bench.spec.rows()):
         left_out["limits"] = {"whole"}  # runs of before there were such rows are continued
     left_out |= {"shards": True, "methods": {"__all__": {"shards"}}}  # any number gives the same sets

@@ -13,6 +13,7 @@ from ddray.config import Config, added, merge, nest, parse_overrides, read_yaml
 from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, did_you_mean, unknown
 from ddray.system.options import ContentOptions
+from ddray.tables.claims import Claim
 
 if TYPE_CHECKING:
     from ddray.data import SplitName
@@ -221,6 +222,8 @@ class BenchSpec(Config):
     replaced: bool = False
     """Whether a scale has replaced the table's datasets; rows that name others then run on all of them."""
     published: PublishedSource = PublishedSource()
+    claims: tuple[Claim, ...] = added(())
+    """Statements about its rows that are decided once it has run; no part of the run's identity."""
 
     @field_validator("generator")
     @classmethod
