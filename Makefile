@@ -1,4 +1,4 @@
-# make demo | test | slow | bench | browser | check | docs | reports | gpu | clean. Needs Python >= 3.11 and make; everything else goes into .venv.
+# make demo | test | slow | bench | browser | check | docs | reports | claims | gpu | clean. Needs Python >= 3.11 and make; everything else goes into .venv.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -8,7 +8,7 @@ DEMO_ARGS ?= --steps 90 --set evaluate.epochs=100 --set evaluate.seeds=3
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow bench browser check docs reports gpu gpu-wheels clean
+.PHONY: help demo test slow bench browser check docs reports claims gpu gpu-wheels clean
 
 help:
 	@echo "make demo    install, tune DataDAM on the embedded digits, show where pictures and table are"
@@ -19,6 +19,7 @@ help:
 	@echo "make check   install with the dev extra, run ruff, mypy and import-linter"
 	@echo "make docs    build README and docs/ as a site, build/site/index.html"
 	@echo "make reports measure what reports/ holds (about an hour on two cores)"
+	@echo "make claims  run the tables of configs/claims and decide the papers' claims (hours, resumable)"
 	@echo "make gpu     measure on this machine's GPU what only a GPU can show (at most 11 minutes; docs/gpu.md)"
 	@echo "make clean   remove caches and build output (.venv and runs/ stay)"
 
@@ -86,6 +87,10 @@ docs: $(VENV)/.installed-docs
 reports: $(VENV)/.installed-test
 	$(VENV)/bin/python reports/regenerate.py
 	$(VENV)/bin/python reports/diffusion.py
+
+# What was cut off goes on; CIFAR-10 is looked for in $$DDRAY_DATA.
+claims: $(VENV)/.installed-run
+	$(PY) -m reports.claims
 
 # Needs a GPU and a Python with torch, but no network: takes the environment of `make demo` if it is there, else $(PYTHON).
 # `make -n gpu` prints the plan with its minutes. gpu-wheels fetches, where there is a network, what such a machine lacks.

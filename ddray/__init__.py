@@ -2,7 +2,7 @@
 
 As a library: `ddray.distill("datadam", ipc=1)`, `ddray.load("x.pt")`, `ddray.evaluate(distilled)`,
 `ddray.export(distilled, "folder")`, `ddray.tune("datadam", ipc=1)`, `ddray.nas(distilled)`,
-`ddray.bench("x.yaml")`.
+`ddray.bench("x.yaml")`, `ddray.claims("x.yaml")`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from ddray.system.lazy import lazy
 
 if TYPE_CHECKING:
-    from ddray.api import bench, distill, evaluate, export, load, nas, tune
+    from ddray.api import bench, claims, distill, evaluate, export, load, nas, tune
 
-__all__ = ["bench", "distill", "evaluate", "export", "load", "nas", "tune"]
+__all__ = ["bench", "claims", "distill", "evaluate", "export", "load", "nas", "tune"]
 __version__ = "0.1.0"
 
 __getattr__ = lazy(__name__, {"api": __all__})

@@ -85,9 +85,9 @@ def page(record: Mapping[str, Any]) -> list[str]:
     lines = [
         *("# Measured: claims of the papers", ""),
         "Written by `make claims`; do not edit. Each is one comparison of two rows of a table.",
-        f"Test: {TEST}; a claim *holds* or *fails* where p is below .05, by the sign of the effect. Effect: points of",
-        "test accuracy, with its 95 % interval (not adjusted). n: pairs of sets x networks on each. Budget: what was",
-        "cut of the preset's; at the papers' own budgets the answers may be others.",
+        f"Test: {TEST}. A claim *holds* or *fails* where p is below .05, by the sign of the effect.",
+        "Effect: points of test accuracy, with its 95 % interval (not adjusted). n: pairs of sets x networks",
+        "on each. Budget: what was cut of the preset's; at the papers' own the answers may be others.",
         "",
         *overview(record),
     ]

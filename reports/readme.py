@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from reports import bars, findings
+from reports import bars, claims, findings
 from reports.findings import Part
 from reports.sections import SECTIONS, commit, hardware, table
 
@@ -19,6 +19,7 @@ CHANGED_SINCE = (
     "NAS-Bench-201's cells (no augmentation, a rate that falls after each epoch)."
 )
 OTHER_PAGES = {
+    "claims.md": "Which claims of the papers hold at this scale, by paired tests over sets.",
     "d3hr.md": "D3HR: candidates and weights, what its score selects by, inversion, group sampling.",
     "optimisation.md": "KIP against its authors' notebook; MTT, DATM and DD beside DM and random images.",
     "decoupled.md": "DWA's parts one by one; ESFR, minimax and generators beside their bases.",
@@ -66,6 +67,10 @@ def readme(parts: Mapping[str, Part]) -> str:
             "Written by `make reports`; do not edit. Means ± sample standard deviation.",
             f"Unless a part says otherwise, measured on {machine}.",
             "",
+            *("## Claims of the papers", ""),
+            "Decided by a paired test over sets, at budgets far below the papers': [claims.md](claims.md).",
+            "",
+            *claims.overview(claims.read(claims.RECORD)),
             CHANGED_SINCE,
             "",
             "## Contents",

@@ -32,7 +32,7 @@ from ddray.jobs.pool_training import PoolResult
 from ddray.pool.listing import PoolEntryInfo, PoolList
 from ddray.ranking.result import ArchList, NasResult
 from ddray.report.page import ReportResult
-from ddray.tables.result import BenchResult
+from ddray.tables.result import BenchResult, ClaimsResult
 from ddray.tuning.result import TuneResult
 from tests.test_docs import blocks
 
@@ -232,6 +232,7 @@ RESULTS: dict[str, type[Result]] = {
     "nas": NasResult,
     "nas --describe": ArchList,
     "bench": BenchResult,
+    "claims": ClaimsResult,
     "report": ReportResult,
     "export": ExportResult,
     "methods": MethodList,

@@ -126,10 +126,13 @@ def run_bench(
 
 def _claims(bench: Bench, run: Run) -> list[Verdict]:
     """Decide the table's claims and write them to claims.json; StorageError if the disk is full."""
+    path = run.folder / "claims.json"
     decided = verdicts(bench.spec.claims, bench.graph.cells, run.ledger.row)
     if decided:
         report = {"test": TEST, "claims": [verdict.dump() for verdict in decided]}
-        write_text(run.folder / "claims.json", json.dumps(report, indent=1))
+        write_text(path, json.dumps(report, indent=1))
+    else:
+        path.unlink(missing_ok=True)  # of an earlier start, which had claims
     return decided
 
 
