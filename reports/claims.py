@@ -9,11 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from ddray.drawing.text import listed, percent_short
+from ddray.runs.ledger import Ledger
 from ddray.system.files import write_text
 from ddray.tables.claims import TEST, Verdict, verdict_line
 from reports.scale.lab import Lab, ddray
@@ -24,11 +27,17 @@ RECORD: Final = Path(__file__).resolve().parent / "claims.json"
 TITLES: Final = {
     "digits": "Methods on digits, ipc 1",
     "cifar10_ipc1": "Methods on CIFAR-10, ipc 1",
+    "dc_ipc10": "DC and DSA on digits, ipc 10",
+    "dsdm_mnist": "DSDM on MNIST, ipc 1",
     "datadam_parts": "DataDAM's parts on CIFAR-10, ipc 1",
     "dsdm_parts": "DSDM's parts on CIFAR-10, ipc 1",
     "boost_ssdd": "Boost-SSDD's parts, initial images and targets",
     "d3hr": "D3HR's mapping and score on digits, ipc 10",
 }
+_KEPT: Final = (
+    *("method", "ipc", "budget", "protocol", "arch", "accuracy_mean", "accuracy_std", "n", "num_sets"),
+    *("seconds", "cut", "along"),
+)
 _COLUMNS: Final = ("claim", "verdict", "effect", "p", "n", "rows", "on", "budget", "from")
 
 
@@ -50,7 +59,7 @@ def measure(lab: Lab, part: str) -> None:
     record = read(lab.lines)
     record["parts"][part] = {
         "command": " ".join(("OMP_NUM_THREADS=1 ddray claims", f"configs/claims/{part}.yaml", *scale)),
-        "cells": [_cell(cell) for cell in cells],
+        "cells": [_cell(cell, Ledger(folder)) for cell in cells],
         "num_failed": out["num_failed"],
         "environment": {name: value for name, value in environment.items() if name != "command"},
     }
@@ -62,9 +71,13 @@ def measure(lab: Lab, part: str) -> None:
     write_text(lab.lines, json.dumps(record, indent=1) + "\n")
 
 
-def _cell(cell: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("method", "protocol", "arch", "accuracy_mean", "accuracy_std", "n", "num_sets", "seconds", "cut")
-    return {name: cell[name] for name in names if name in cell}
+def _cell(cell: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
+    """Return a cell's figures, with its sets' mean losses over the first and the last tenth of the steps."""
+    results = [row.result for key in cell["sets"] if (row := ledger.row(key)) is not None]
+    losses = [[result.get(name) for result in results] for name in ("first_loss", "final_loss")]
+    is_known = bool(results) and None not in chain(*losses)
+    means = {"losses": [fmean(values) for values in losses]} if is_known else {}
+    return {name: cell[name] for name in _KEPT if name in cell} | means
 
 
 def overview(record: Mapping[str, Any]) -> list[str]:
@@ -88,6 +101,7 @@ def page(record: Mapping[str, Any]) -> list[str]:
         f"Test: {TEST}. A claim *holds* or *fails* where p is below .05, by the sign of the effect.",
         "Effect: points of test accuracy, with its 95 % interval (not adjusted). n: pairs of sets x networks",
         "on each. Budget: what was cut of the preset's; at the papers' own the answers may be others.",
+        "Loss: means over the first and the last tenth of the steps.",
         "",
         *overview(record),
     ]
@@ -106,20 +120,26 @@ def _part(record: Mapping[str, Any], part: str) -> Iterator[str]:
     lines = [verdict_line(Verdict.parse(claim)) for claim in claims]
     yield from table(_COLUMNS, [[line[name] for name in _COLUMNS] for line in lines])
     cells = facts["cells"]
-    several = len({cell["protocol"] for cell in cells}) > 1
-    rows = [
-        (
-            f"{cell['method']}, {cell['protocol']}" if several else cell["method"],
-            percent_short(cell["accuracy_mean"], cell["accuracy_std"]),
-            f"{cell['num_sets']} x {cell['n'] // cell['num_sets']}",
-            f"{cell['seconds']:.0f}" if "seconds" in cell else "-",
-        )
-        for cell in cells
-    ]
-    yield from table(("row", "test %", "sets x networks", "seconds a set"), rows)
+    several = [name for name in ("ipc", "protocol") if len({cell.get(name) for cell in cells}) > 1]
+    rows = [_line(cell, several) for cell in cells]
+    heads = ("row", "test %", "sets x networks", "along (step)", "loss", "seconds a set")
+    yield from table(heads, rows)
     failed = f" {facts['num_failed']} units failed." if facts["num_failed"] else ""
     yield f"`{facts['command']}`, {hardware(facts)}, {commit(facts)}.{failed}"
     yield ""
+
+
+def _line(cell: Mapping[str, Any], several: Sequence[str]) -> tuple[str, ...]:
+    """Return a cell's accuracies and losses; `several` are what tells the part's cells apart."""
+    points = (f"{100 * point['accuracy_mean']:.1f} ({point['step']})" for point in cell.get("along", ()))
+    return (
+        ", ".join([cell["method"], *(f"{name} {cell[name]}" for name in several)]),
+        percent_short(cell["accuracy_mean"], cell["accuracy_std"]),
+        f"{cell['num_sets']} x {cell['n'] // cell['num_sets']}",
+        ", ".join(points) or "-",
+        " to ".join(f"{loss:.4g}" for loss in cell.get("losses", ())) or "-",
+        f"{cell['seconds']:.0f}" if "seconds" in cell else "-",
+    )
 
 
 def main() -> None:

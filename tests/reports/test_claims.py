@@ -20,12 +20,9 @@ CLAIM = {
     **{"paper": "datadam", "where": "Table 3"},
 }
 CELL = {
-    "method": "dm",
-    "protocol": "hard",
-    "accuracy_mean": 0.9,
-    "accuracy_std": 0.01,
-    "n": 15,
-    "num_sets": 5,
+    **{"method": "dm", "protocol": "hard", "n": 15, "num_sets": 5, "sets": []},
+    **{"accuracy_mean": 0.9, "accuracy_std": 0.01},
+    "along": [{"step": 10, "accuracy_mean": 0.85}, {"step": 20, "accuracy_mean": 0.9}],
 }
 ENVIRONMENT = {
     **{"processor": "CPU", "cpu_count": 2, "devices": [], "versions": {"torch": "2"}},
@@ -65,7 +62,7 @@ def test_a_part_is_continued_and_recorded_once(tmp_path: Path, commands: list[tu
     assert "| Methods on CIFAR-10, ipc 1 | not measured |  |  |" in text
     assert "| DM beats random images | holds | +20.0 [+10.0, +30.0] | 0.01 | 5 x 3 | dm over random |" in text
     assert "| dm: steps 10 of 150 | datadam Table 3 |" in text
-    assert "| dm | 90.0 \u00b1 1.0 | 5 x 3 | - |" in text
+    assert "| dm | 90.0 \u00b1 1.0 | 5 x 3 | 85.0 (10), 90.0 (20) | - | - |" in text
     assert "commit 0123456789ab, 2026-11-30" in text
 
 
