@@ -47,8 +47,10 @@ def figures_of_merit(
     """Compare a proxy's ranking by val accuracies `scores` [S, A] (or [A]) with the `truth` [T, A] (or [A]).
 
     NaN marks a failed unit, or an unknown truth; another number of architectures is a ValueError. Both sides
-    are means over the seeds that finished. Equal values share their average rank in correlations; elsewhere
-    (top 1, 5, 10, the border of the top 20 %) ties go to the earlier architecture.
+    are means over the seeds that finished. Equal values share their average rank in correlations. Elsewhere
+    no order of the architectures decides between them: top 1, 5 and 10 are means over all choices among the
+    tied (None where all scores are equal: nothing is ranked), and at the border of the top 20 % the tied
+    count in part.
 
     `chance` is the accuracy of the best constant guess, the share of val's largest class. A mean score counts
     as at chance up to one standard error sqrt(chance (1 - chance) / num_val) above it, without `num_val` (the
@@ -57,7 +59,7 @@ def figures_of_merit(
     Returns:
         `spearman`, `spearman_ci95`, `spearman_top20`, `spearman_top20_ci95` (intervals of `num_bootstrap`
         draws), `kendall`, `top1_truth_accuracy`, `top5_truth_accuracy`, `top10_truth_accuracy` (best truth
-        among the first k), `best_truth_accuracy` (best of all, ranked or not), `num_ties` (architectures that
+        among the first k), `best_truth_accuracy` (best of all, ranked or not), `num_tied` (architectures that
         share their mean score), `num_at_chance`, `num_archs` (ranked), `num_failed` (left out because score
         or truth is missing), and as given the training's `wall_s` and the proxy's `storage_images`. Undefined
         figures (fewer than 3 architectures, a constant side, no `chance`) are None.
@@ -70,13 +72,12 @@ def figures_of_merit(
     all_true = mean_over_seeds(seed_truth)
     seed_scores, seed_truth = seed_scores[:, complete], seed_truth[:, complete]
     x, y = mean_over_seeds(seed_scores), mean_over_seeds(seed_truth)
-    ranked = y[_first(x, len(x))]
     counts = np.unique(x, return_counts=True)[1]
     return {
         **_correlations(seed_scores, seed_truth, num_bootstrap, seed),
-        **{f"top{k}_truth_accuracy": float(ranked[:k].max()) if len(x) else None for k in (1, 5, 10)},
+        **{f"top{k}_truth_accuracy": _best_of_first(x, y, k) for k in (1, 5, 10)},
         "best_truth_accuracy": float(np.nanmax(all_true)) if np.isfinite(all_true).any() else None,
-        "num_ties": int(counts[counts > 1].sum()),
+        "num_tied": int(counts[counts > 1].sum()),
         "num_at_chance": None if chance is None else int((x <= _highest_guess(chance, num_val)).sum()),
         "num_archs": len(x),
         "num_failed": int((~complete).sum()),
@@ -97,15 +98,33 @@ def is_telling(figures: Mapping[str, Any], name: str) -> bool:
 def top1_test_accuracy(scores: ArrayLike, truth: ArrayLike, test: ArrayLike | None) -> float | None:
     """Return the performance of a search on a proxy: its best-ranked architecture's accuracy on test.
 
-    The architecture is that of `top1_truth_accuracy`, chosen by `scores` alone. `test` [A] holds test
-    accuracies after training on the whole set, NaN where unknown. None: nothing is ranked, or it is unknown.
+    The architecture is that of `top1_truth_accuracy`, chosen by `scores` alone; the mean over several that
+    tie. `test` [A] holds test accuracies after training on the whole set, NaN where unknown. None: nothing
+    is ranked, or it is unknown.
     """
     x, y = (mean_over_seeds(np.atleast_2d(np.asarray(side, np.float64))) for side in (scores, truth))
     complete = np.isfinite(x) & np.isfinite(y)
     if test is None or not complete.any():
         return None
-    value = float(np.asarray(test, np.float64)[complete][_first(x[complete], 1)[0]])
-    return value if math.isfinite(value) else None
+    value = _best_of_first(x[complete], np.asarray(test, np.float64)[complete], 1)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _best_of_first(scores: Array, values: Array, num: int) -> float | None:
+    """Return the highest of the values [A] of the `num` best scores [A], a mean over all choices among ties.
+
+    None: there are none, or several whose scores are all equal.
+    """
+    if len(scores) == 0 or (len(scores) > 1 and (scores == scores[0]).all()):
+        return None
+    border = np.sort(scores)[::-1][min(num, len(scores)) - 1]
+    before, tied = values[scores > border], np.sort(values[scores == border])
+    chosen_of_tied = min(num, len(scores)) - len(before)
+    highest = np.maximum(tied, before.max(initial=-math.inf))
+    # Of the equally likely choices of that many, those whose best is no better than the i-th of the tied.
+    choices = [math.comb(index, chosen_of_tied) for index in range(len(tied) + 1)]
+    shares = np.diff(np.array(choices, dtype=np.float64) / choices[-1])
+    return float((shares * highest).sum())
 
 
 def _correlations(scores: Array, truth: Array, num_bootstrap: int, seed: int) -> dict[str, Any]:
@@ -113,9 +132,8 @@ def _correlations(scores: Array, truth: Array, num_bootstrap: int, seed: int) ->
     from scipy import stats  # half a second, which workers that rank nothing need not spend
 
     x, y = mean_over_seeds(scores), mean_over_seeds(truth)
-    top = _first(y, -(-len(y) // _TOP))
     whole, fifth = _bootstrap(scores, truth, num_bootstrap, seed) if len(x) >= MIN_ARCHS else ([], [])
-    rho, rho_top = _correlation(stats.spearmanr, x, y), _correlation(stats.spearmanr, x[top], y[top])
+    rho, rho_top = _correlation(stats.spearmanr, x, y), _top_correlation(x, y)
     return {
         "spearman": rho,
         "spearman_ci95": _interval(rho, whole),
@@ -139,16 +157,20 @@ def mean_over_seeds(values: Array, times: Array | None = None) -> Array:
     return np.where(counts > 0, np.round(total / np.maximum(counts, 1), 12), np.nan)
 
 
-def _first(values: Array, num: int) -> NDArray[np.intp]:
-    """Return the indices of the `num` highest values, highest first, ties in their order."""
-    return np.argsort(-values, kind="stable")[:num]
-
-
 def _correlation(measure: Callable[[Array, Array], Any], x: Array, y: Array) -> float | None:
     """Return a rank correlation of x and y [A], or None where it is undefined."""
     if len(x) < MIN_ARCHS or (x == x[0]).all() or (y == y[0]).all():
         return None
     return float(measure(x, y).statistic)
+
+
+def _top_correlation(x: Array, y: Array) -> float | None:
+    """Return Spearman's rho of x and y [A] over the top 20 % by y, or None where it is undefined."""
+    if len(x) < MIN_ARCHS:
+        return None
+    x_groups, y_groups = (np.unique(side, return_inverse=True)[1].astype(np.intp) for side in (x, y))
+    rho = _spearman(x_groups, y_groups, _top_counts(y_groups, np.ones(len(x))))
+    return rho if math.isfinite(rho) else None
 
 
 def _highest_guess(chance: float, num_val: int | None) -> float:
@@ -181,7 +203,7 @@ def _bootstrap(scores: Array, truth: Array, num_draws: int, seed: int) -> tuple[
         drawn = np.bincount(generator.integers(num, size=num), minlength=num).astype(np.float64)
         drawn *= x.finite & y.finite
         whole.append(_spearman(x.groups, y.groups, drawn))
-        fifth.append(_spearman(x.groups, y.groups, _top_counts(y.descending, drawn)))
+        fifth.append(_spearman(x.groups, y.groups, _top_counts(y.groups, drawn)))
     return whole, fifth
 
 
@@ -189,7 +211,6 @@ class _Sorted(NamedTuple):
     """Mean values [A], sorted and grouped for ranking."""
 
     groups: NDArray[np.intp]  # index of each value among the distinct values, ascending [A]
-    descending: NDArray[np.intp]  # indices, highest value first, ties in their order [A]
     finite: NDArray[np.bool_]  # mask of the defined values [A]
 
 
@@ -209,7 +230,7 @@ class _Seeds:
         if key not in self._sorted:
             mean = mean_over_seeds(self._values, times)
             groups = np.unique(mean, return_inverse=True)[1].astype(np.intp)
-            self._sorted[key] = _Sorted(groups, _first(mean, len(mean)), np.isfinite(mean))
+            self._sorted[key] = _Sorted(groups, np.isfinite(mean))
         return self._sorted[key]
 
 
@@ -233,10 +254,14 @@ def _ranks(groups: NDArray[np.intp], drawn: Array) -> Array:
     return ranks
 
 
-def _top_counts(descending: NDArray[np.intp], drawn: Array) -> Array:
-    """Return how often each architecture counts among the top 20 % of a resample."""
-    ordered = drawn[descending]
-    before = np.cumsum(ordered) - ordered
-    counts = np.empty_like(drawn)
-    counts[descending] = np.clip(-(-drawn.sum() // _TOP) - before, 0, ordered)
+def _top_counts(groups: NDArray[np.intp], drawn: Array) -> Array:
+    """Return how often each architecture counts among the top 20 % of a resample.
+
+    `groups` [A] are those of the values that the top is by; those that tie at its border count in part.
+    """
+    sizes = np.bincount(groups, weights=drawn)
+    above = sizes.sum() - np.cumsum(sizes)
+    inside = np.clip(-(-drawn.sum() // _TOP) - above, 0, sizes)
+    share = np.divide(inside, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+    counts: Array = drawn * share[groups]
     return counts

@@ -273,7 +273,7 @@ def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _counts(figures: Mapping[str, Any]) -> str:
     """Return the counts of a proxy's architectures as text."""
-    names = {"ties": "tied", "at_chance": "at chance", "diverged": "diverged", "failed": "left out"}
+    names = {"tied": "tied", "at_chance": "at chance", "diverged": "diverged", "failed": "left out"}
     counts = {label: figures.get(f"num_{key}") for key, label in names.items()}
     return ", ".join(f"{count} {label}" for label, count in counts.items() if count)
 

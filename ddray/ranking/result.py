@@ -23,7 +23,7 @@ class ProxyResult(Result):
     top1_test_accuracy: float | None = None
     """Performance: of the best-ranked architecture, trained on the whole set and scored on test."""
     best_truth_accuracy: float | None
-    num_ties: int
+    num_tied: int
     storage_images: int | float
     wall_s: float
 

@@ -236,7 +236,7 @@ def test_few_architectures_have_no_correlation(num_archs: int, few: bool, few_on
         "spearman": 0.91,
         "spearman_ci95": [0.5, 0.97],
         "spearman_top20": 0.33,
-        "num_ties": 0,
+        "num_tied": 0,
     }
     proxy |= {"kendall": 0.5, "top1_truth_accuracy": 0.7, "best_truth_accuracy": 0.8, "storage_images": 10}
     proxy |= {"wall_s": 1.0, "num_archs": num_archs}

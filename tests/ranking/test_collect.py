@@ -65,7 +65,7 @@ def test_ranks_of_the_table_and_figures_agree_on_ties(sweep: Sweep) -> None:
     truth = [[0.2, 0.2, 0.2], [0.4, 0.4, 0.4], [0.3, 0.2, 0.1], [0.1, 0.2, 0.3]]
     ranking = collect(sweep, [*rows_of("nas", scores, set()), *rows_of("truth", truth, set())], None)
     table = ranking.table.set_index("index")
-    assert ranking.proxies[0]["num_ties"] == 2
+    assert ranking.proxies[0]["num_tied"] == 2
     assert table["proxy_rank"].to_dict() == {0: 2, 1: 2, 2: 1, 3: 4}
     assert table["truth_rank"].to_dict() == {0: 2, 1: 1, 2: 2, 3: 2}
 

@@ -41,7 +41,7 @@ def figures(proxy: str, **changes: Any) -> dict[str, Any]:
         "top5_truth_accuracy": 0.602,
         "top10_truth_accuracy": 0.603,
         "best_truth_accuracy": 0.604,
-        "num_ties": 4,
+        "num_tied": 4,
         "num_at_chance": 0,
         "num_archs": 23,
         "num_failed": 1,

@@ -45,7 +45,7 @@ class TestCorrelations:
         assert result["spearman"] == pytest.approx(0.8)
         assert result["kendall"] == pytest.approx(0.6)
         assert result["num_archs"] == 5
-        assert result["num_failed"] == result["num_ties"] == 0
+        assert result["num_failed"] == result["num_tied"] == 0
         assert (result["wall_s"], result["storage_images"]) == (2.5, 100)
 
     def test_ties_worked_by_hand(self) -> None:
@@ -54,7 +54,7 @@ class TestCorrelations:
 
         assert result["spearman"] == pytest.approx(4.0 / 4.5)
         assert result["kendall"] == pytest.approx(4 / 5)  # 4 agree; 5 pairs untied on either side
-        assert result["num_ties"] == 2
+        assert result["num_tied"] == 2
 
     @pytest.mark.parametrize("seed", range(5))
     def test_they_match_definitions_on_tied_data(self, seed: int) -> None:
@@ -65,9 +65,12 @@ class TestCorrelations:
 
         assert result["spearman"] == pytest.approx(naive_spearman(list(x), list(y)))
         assert result["kendall"] == pytest.approx(naive_kendall(list(x), list(y)))
-        top = sorted(range(40), key=lambda i: (-y[i], i))[:8]
+        # 8 of 40: those above the border in full, the tied at it in equal parts, both as whole copies.
+        border = sorted(y)[-8]
+        above, tied = np.flatnonzero(y > border), np.flatnonzero(y == border)
+        top = [*np.repeat(above, len(tied)), *np.repeat(tied, 8 - len(above))]
         assert result["spearman_top20"] == pytest.approx(naive_spearman(list(x[top]), list(y[top])))
-        assert result["num_ties"] == sum(list(x).count(value) > 1 for value in x)
+        assert result["num_tied"] == sum(list(x).count(value) > 1 for value in x)
 
     def test_opposite_rankings_are_minus_one(self) -> None:
         result = figures(np.arange(20) / 20, 1 - np.arange(20) / 20)
@@ -77,14 +80,14 @@ class TestCorrelations:
         assert result["spearman_ci95"] == pytest.approx([-1, -1])
 
     @pytest.mark.parametrize(("num", "top"), [(11, 3), (15, 3), (16, 4), (35, 7), (720, 144)])
-    def test_the_top_fifth_is_rounded_up(self, num: int, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        sizes: list[int] = []
-        spearmanr = stats.spearmanr
-        monkeypatch.setattr(stats, "spearmanr", lambda x, y: (sizes.append(len(x)), spearmanr(x, y))[1])
-
-        figures(np.arange(num) / num, np.arange(num) / num)
-
-        assert sizes == [num, top]
+    def test_the_top_fifth_is_rounded_up(self, num: int, top: int) -> None:
+        y = np.random.default_rng(0).permutation(num)
+        counts = ranking._top_counts(y, np.ones(num))
+        assert sorted(y[counts == 1]) == list(range(num - top, num))
+        assert counts.sum() == top
+        x = np.random.default_rng(1).random(num)
+        expected = stats.spearmanr(x[counts == 1], y[counts == 1]).statistic
+        assert figures(x, y / num)["spearman_top20"] == pytest.approx(expected, rel=1e-12)
 
     @pytest.mark.parametrize(
         ("scores", "truth"),
@@ -115,8 +118,36 @@ class TestBestRanked:
         expected = {"top1": 0.50, "top5": 0.90, "top10": 0.90, "best": 0.95}
         assert {key: result[f"{key}_truth_accuracy"] for key in expected} == expected
 
-    def test_the_first_of_equal_scores_is_the_best_ranked(self) -> None:
-        assert figures([0.1, 0.7, 0.7, 0.7], [0.9, 0.3, 0.8, 0.6])["top1_truth_accuracy"] == 0.3
+    def test_of_equal_scores_none_is_first(self) -> None:
+        result = figures([0.1, 0.7, 0.7, 0.7], [0.9, 0.3, 0.8, 0.6])
+        assert result["top1_truth_accuracy"] == pytest.approx((0.3 + 0.8 + 0.6) / 3)
+
+    @pytest.mark.parametrize("num", [5, 10])
+    def test_ties_at_the_border_are_a_mean_over_all_choices(self, num: int) -> None:
+        generator = np.random.default_rng(3)
+        truth = generator.random(14)
+        scores = np.array([0.9, 0.8, *[0.5] * 9, 0.1, 0.1, 0.0])
+
+        best = [
+            max(truth[[0, 1, *tied]]) for tied in itertools.combinations(range(2, 11), num - 2) if num <= 11
+        ]
+        assert figures(scores, truth)[f"top{num}_truth_accuracy"] == pytest.approx(np.mean(best), rel=1e-12)
+
+    def test_no_figure_depends_on_the_order_of_the_architectures(self) -> None:
+        generator = np.random.default_rng(4)
+        scores, truth = generator.integers(0, 4, 60) / 10, generator.integers(0, 20, 60) / 20
+        order = generator.permutation(60)
+        names = ("spearman", "spearman_top20", "kendall", *(f"top{k}_truth_accuracy" for k in (1, 5, 10)))
+        here, there = figures(scores, truth), figures(scores[order], truth[order])
+        for name in names:
+            assert here[name] == pytest.approx(there[name], rel=1e-12), name
+
+    def test_equal_scores_rank_nothing(self) -> None:
+        result = figures([0.5] * 20, np.linspace(0.1, 0.9, 20))
+        assert [result[f"top{k}_truth_accuracy"] for k in (1, 5, 10)] == [None, None, None]
+        assert (result["spearman"], result["spearman_top20"], result["num_tied"]) == (None, None, 20)
+        assert top1_test_accuracy([0.5] * 3, [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]) is None
+        assert figures([0.5], [0.3])["top1_truth_accuracy"] == 0.3, "one that is alone is the first"
 
     def test_the_best_there_is_need_not_have_been_ranked(self) -> None:
         result = figures([0.1, 0.2, 0.3, np.nan], [0.5, 0.6, 0.7, 0.9])
@@ -155,7 +186,7 @@ class TestSeeds:
         assert a + b + c != c + b + a  # the sums differ in the last bit
         scores = np.array([[a, c, 0.9], [b, b, 0.9], [c, a, 0.9]])
 
-        assert figures(scores, [0.1, 0.2, 0.3])["num_ties"] == 2
+        assert figures(scores, [0.1, 0.2, 0.3])["num_tied"] == 2
 
     def test_architectures_must_be_the_same(self) -> None:
         with pytest.raises(ValueError, match="4 architectures, truth of 3"):
@@ -187,11 +218,14 @@ class TestBootstrap:
         groups = [np.unique(values, return_inverse=True)[1] for values in (x, y)]
 
         whole = ranking._spearman(groups[0], groups[1], drawn.astype(float))
-        counts = ranking._top_counts(np.argsort(-y, kind="stable"), drawn.astype(float))
+        counts = ranking._top_counts(groups[1], drawn.astype(float))
 
         assert whole == pytest.approx(naive_spearman(list(x[resample]), list(y[resample])))
-        top = sorted(resample, key=lambda i: (-y[i], i))[:6]
-        assert sorted(np.repeat(np.arange(30), counts.astype(int))) == sorted(top)
+        border = sorted(y[resample])[-6]
+        assert counts.sum() == pytest.approx(6)
+        assert (counts[y > border] == drawn[y > border]).all()
+        assert (counts[y < border] == 0).all()
+        assert len(set(np.round(counts[y == border] / drawn[y == border].clip(1), 12)) - {0.0}) == 1
 
     def test_intervals_cover_the_true_correlation(self) -> None:
         rho = 0.6
@@ -261,9 +295,9 @@ class TestPerformance:
         assert figures([0.5, 0.6, 0.4], truth)["top1_truth_accuracy"] == 0.7
 
     def test_ties_and_failures_are_those_of_the_truths_figure(self) -> None:
-        scores, truth = [math.nan, 0.6, 0.6, 0.9], [0.5, 0.4, 0.3, math.nan]
-        assert figures(scores, truth)["top1_truth_accuracy"] == 0.4
-        assert top1_test_accuracy(scores, truth, [0.1, 0.2, 0.3, 0.4]) == 0.2
+        scores, truth = [math.nan, 0.6, 0.6, 0.9, 0.1], [0.5, 0.4, 0.3, math.nan, 0.9]
+        assert figures(scores, truth)["top1_truth_accuracy"] == pytest.approx(0.35)
+        assert top1_test_accuracy(scores, truth, [0.1, 0.2, 0.3, 0.4, 0.5]) == pytest.approx(0.25)
 
     @pytest.mark.parametrize("test", [None, [math.nan, 0.5], [math.nan, math.nan]])
     def test_an_unknown_test_accuracy_is_none(self, test: Any) -> None:
