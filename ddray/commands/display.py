@@ -238,8 +238,10 @@ def nas_tables(result: NasResult, reading: Sequence[object] = ()) -> list[Any]:
     from rich.table import Table
 
     from ddray.ranking.figures_of_merit import ENOUGH_ARCHS, TOO_FEW, is_telling
+    from ddray.ranking.report import truth_text
 
-    title = f"{result.num_archs} architectures of {result.space}"
+    truth = truth_text(result.truth)
+    title = f"{result.num_archs} architectures of {result.space}" + (f"; truth: {truth}" if truth else "")
     table = Table(title=title, box=box.SIMPLE, padding=0)
     table.add_column("proxy", overflow="fold")
     for name in ("Spearman", "95 %", "top 20 %", "top-1 %", "best %", "test %", "images", "seconds"):

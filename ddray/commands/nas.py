@@ -18,9 +18,11 @@ from ddray.system.options import DataFolder, RunOptions
 def nas(emit: Emit, **options: Any) -> None:
     """Rank architectures on distilled sets, and compare with their ranking on the full set."""
     from ddray import api
+    from ddray.ranking.command import check_described
     from ddray.ranking.spaces import described
 
     if "describe" in options:
+        check_described(options)
         space = options.get("space", NasOptions().space)
         listed = described(options["describe"], space)
         emit(listed, lambda: display.archs_table(space, listed.archs))

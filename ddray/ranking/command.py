@@ -5,7 +5,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,11 +24,20 @@ from ddray.ranking.proxies import Proxy, baseline_proxies, file_proxies, harness
 from ddray.ranking.result import NasResult, ProxyResult
 from ddray.ranking.spaces import get_space, owners
 from ddray.ranking.sweep import NasConfig, NasOptions, Sweep, choose_architectures, run_sweep, split_of
-from ddray.ranking.truth import Truth, read_scores, read_truth
+from ddray.ranking.truth import Truth, read_scores, read_truth, with_column
 from ddray.runs.executor import Executor
 from ddray.runs.folder import read_config
 from ddray.runs.ledger import Row
 from ddray.system.files import write_atomically, write_text
+from ddray.system.options import RunOptions
+
+_FIELDS: Final = {
+    name: field
+    for config in (NasRequest, NasModes, NasOptions, RunOptions)
+    for name, field in config.model_fields.items()
+}
+_OF_SCORES: Final = ("scores", "space", "truth", "truth_column", "seed")
+"""What `--scores` uses; the seed is the bootstrap's."""
 
 
 def check_modes(options: Mapping[str, Any]) -> None:
@@ -45,19 +54,27 @@ def check_modes(options: Mapping[str, Any]) -> None:
         context = "with --executor local, which runs unit after unit and waits for each"
         _refuse(options, ("unit_timeout", "num_workers", "address"), context)
     if options.get("scores") is not None:
-        _refuse(options, ("proxies", "baselines", "compat", "sets"), "with --scores, which trains nothing")
+        _refuse_all_but(_OF_SCORES, options, "with --scores, which trains nothing")
     elif not options.get("proxies"):
         raise InputError("ddray nas needs --proxy FILE (or --describe, or --scores FILE.csv)")
 
 
+def check_described(options: Mapping[str, Any]) -> None:
+    """Refuse options beside `describe` that would be ignored; InputError names the first."""
+    _refuse_all_but(("describe", "space"), options, "with --describe, which lists a space")
+
+
+def _refuse_all_but(used: Collection[str], options: Mapping[str, Any], context: str) -> None:
+    _refuse(options, [name for name in _FIELDS if name not in used], context)
+
+
 def _refuse(options: Mapping[str, Any], names: Sequence[str], context: str) -> None:
     """Refuse options that are set."""
-    fields = NasOptions.model_fields | NasRequest.model_fields | NasModes.model_fields
     for name in names:
-        option = option_name(name, fields[name])
+        option = option_name(name, _FIELDS[name])
         value = options.get(name, options.get(option))
-        if value not in (None, [], ()):
-            text = value if isinstance(value, str | int | float) else ", ".join(map(str, value))
+        if value not in (None, [], (), False):
+            text = value if isinstance(value, str | int | float | Path) else ", ".join(map(str, value))
             raise InputError(f"--{option} must be left out {context}, got {text}")
 
 
@@ -72,12 +89,14 @@ def compare_scores(path: Path, options: NasOptions) -> NasResult:
     indices, scores = read_scores(path, space)
     if options.truth == "whole":
         raise InputError("--scores needs --truth table, api:FILE or a CSV file: nothing is trained")
+    options = with_column(options, None)
     truth = read_truth(options, space, indices)
     wall_s = time.perf_counter() - begin
     figures = figures_of_merit(scores[None], truth.values, storage_images=0, wall_s=wall_s, seed=options.seed)
     performance = top1_test_accuracy(scores, truth.values, truth.test)
     proxy = ProxyResult.parse({"proxy": path.name, **figures, "top1_test_accuracy": performance})
-    return NasResult(space=options.space, num_archs=len(indices), proxies=[proxy])
+    facts = {"source": options.truth, **truth.facts}
+    return NasResult(space=options.space, num_archs=len(indices), truth=facts, proxies=[proxy])
 
 
 def prepare(
@@ -104,6 +123,7 @@ def prepare(
         named = open_dataset(name, **opening)
     files, sets = _read_proxies(request, named)
     dataset = named or open_dataset(sets[0].meta.dataset, **opening)
+    options = with_column(options, dataset.name)
     for file, distilled in zip(files, sets, strict=True):
         check_fits(distilled, dataset, file.path)
     indices = choose_architectures(options, config, dataset)
@@ -176,7 +196,7 @@ def run_nas(
     sweep = prepare(request, options, config, can_grow=can_grow, dataset=dataset, earlier=earlier)
     truth = None
     if options.truth != "whole":  # read before anything is trained
-        truth = read_truth(options, sweep.space(), sweep.indices)
+        truth = read_truth(sweep.options, sweep.space(), sweep.indices)
     run, rows = run_sweep(sweep, executor, run_dir=run_dir, resume=resume)
     ranking = collect(sweep, rows, truth)
     failed = [row for row in rows if row.status == "failed"]
@@ -217,11 +237,15 @@ def collect(sweep: Sweep, rows: Sequence[Row], truth: Truth | None) -> SweepResu
     """Return the figures and the table for a sweep's rows; without a `truth`, the `truth` rows are it."""
     columns = {index: column for column, index in enumerate(sweep.indices)}
     true_rows = [row for row in rows if row.kind == "truth"]
-    facts: dict[str, Any] = {"source": sweep.options.truth}
+    facts: dict[str, Any] = {"source": sweep.options.truth, **({} if truth is None else truth.facts)}
     if truth is None:
         test = mean_over_seeds(_matrix(true_rows, columns, "test_accuracy"))
         truth = Truth("whole", _matrix(true_rows, columns, "val_accuracy"), test)
         facts |= {
+            "dataset": sweep.dataset.name,
+            "split": "val",
+            "epochs": sweep.config.truth_recipe.epochs,
+            "seeds": sweep.options.truth_seeds,
             "wall_s": sum(row.wall_s for row in true_rows),
             "storage_images": len(sweep.train),
             "top1_test_accuracy": top1_test_accuracy(truth.values, truth.values, truth.test),

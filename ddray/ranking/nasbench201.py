@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _FOLDER: Final = ("search_spaces", "nas")
-DEFAULT_COLUMN: Final = "cifar10_test_200_mean"
+_COLUMNS: Final = {name: f"{name}_test_200_mean" for name in ("cifar10", "cifar100", "imagenet16")}
+DEFAULT_COLUMN: Final = _COLUMNS["cifar10"]
 _COLUMN = re.compile(
     r"(cifar10|cifar100|imagenet16)_(valid|test|valtest)_(12|200)(?:_(mean|mean_derived|s\d+))?$"
 )
@@ -202,7 +203,8 @@ def table_truth(indices: Sequence[int], column: str | None = None, file: Path | 
     column = column or DEFAULT_COLUMN
     dataset, _, epochs, _ = _parse_column(column)
     test = f"{dataset}_test_{epochs}" + ("_mean" if epochs == "200" else "")
-    return Truth(f"table:{column}", _cells(indices, column) / 100, _cells(indices, test) / 100)
+    values, tested = (_cells(indices, name) / 100 for name in (column, test))
+    return Truth(f"table:{column}", values, tested, _facts(column))
 
 
 def _cells(indices: Sequence[int], column: str) -> np.ndarray[Any, Any]:
@@ -220,6 +222,13 @@ def _parse_column(column: str) -> tuple[str, str, str, str]:
         raise unknown("--truth-column", column, columns)
     dataset, split, epochs, suffix = columns[column].groups(default="")
     return dataset, split, epochs, suffix
+
+
+def _facts(column: str) -> dict[str, Any]:
+    """Return what a column's name says; `seeds`: the one of a single run, else `all` that there are."""
+    dataset, split, epochs, suffix = _parse_column(column)
+    seeds = suffix[1:] if suffix.startswith("s") else "all"
+    return {"column": column, "dataset": dataset, "split": split, "epochs": int(epochs), "seeds": seeds}
 
 
 def api_truth(indices: Sequence[int], column: str | None, path: Path) -> Truth:
@@ -247,7 +256,8 @@ def api_truth(indices: Sequence[int], column: str | None, path: Path) -> Truth:
             f"{path} has no {column} for these {len(values)} cells; choose another --truth-column"
         )
     test = accuracies("test", False)
-    return Truth(f"api:{path.name}:{column}", values, test if np.isfinite(test).any() else None)
+    tested = test if np.isfinite(test).any() else None
+    return Truth(f"api:{path.name}:{column}", values, tested, _facts(column))
 
 
 def _open_api(path: Path, structures: Sequence[str]) -> tuple[Any, list[int]]:
@@ -315,6 +325,7 @@ SPACE: Final = SpaceDefinition(
     config_type=NasBench201Config,
     options=tuple(field.name for field in fields(Skeleton)),
     truths={"table": table_truth, "api:FILE": api_truth},
+    truth_columns=_COLUMNS,
     # `one_hot` without num_classes matters only under the softmax, whose width it sets: the two go together.
     harnesses={
         "dcbench": {
@@ -327,6 +338,6 @@ SPACE: Final = SpaceDefinition(
     published=("datadam", "Table 5"),
     published_options={
         **{"sample": 100, "sampling": "uniform", "max_mflops": None, "seeds": 5, "epochs": None},
-        **{"val_images": 10_000, "truth": "table", "truth_column": None},
+        **{"val_images": 10_000, "truth": "table", "truth_column": DEFAULT_COLUMN},
     },
 )

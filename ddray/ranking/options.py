@@ -103,7 +103,7 @@ class NasOptions(NumericOptions, GpuWorkers):
     truth_seeds: int = Field(default=1, ge=1)
     """Networks per architecture on the full set."""
     truth_column: str | None = None
-    """Of the table or CSV; the table's default is cifar10_test_200_mean."""
+    """Of the table or CSV; the table's default is the dataset's, such as cifar10_test_200_mean."""
     seed: int = 0
     """Every draw is derived from it."""
     executor: Literal["ray", "local"] = "ray"

@@ -71,6 +71,7 @@ def write_nas_report(run_dir: Path, result: Mapping[str, Any], table: pd.DataFra
         is_telling=is_telling,
         too_few=TOO_FEW,
         result=result,
+        truth_text=truth_text(result.get("truth")),
         lines=summary(result),
         proxies=proxies,
         choices=choices,
@@ -243,6 +244,14 @@ def published_figures(space: str) -> dict[str, dict[str, float | None]]:
     for method, in_text in definition.published_in_text.items():
         figures[method] |= in_text
     return figures
+
+
+def truth_text(truth: Mapping[str, Any] | None) -> str:
+    """Return which accuracies a ranking is compared with, as far as known."""
+    facts = truth or {}
+    of_what = " ".join(f"{facts[name]}" for name in ("dataset", "split") if name in facts)
+    epochs = f"{facts['epochs']} epochs" if "epochs" in facts else ""
+    return ", ".join(filter(None, (facts.get("column"), of_what, epochs)))
 
 
 def summary(result: Mapping[str, Any]) -> list[dict[str, Any]]:

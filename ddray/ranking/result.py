@@ -29,7 +29,7 @@ class ProxyResult(Result):
 
 
 class NasResult(Result):
-    """What `ddray nas` returns; of scores from a file, `space`, `num_archs` and `proxies` only."""
+    """What `ddray nas` returns; of scores from a file, `space`, `num_archs`, `truth` and `proxies` only."""
 
     space: str
     dataset: str | None = None
@@ -37,7 +37,7 @@ class NasResult(Result):
     num_failed: int = 0
     run_dir: str | None = None
     truth: dict[str, Any] | None = None
-    """Where the true accuracies come from, and what they cost."""
+    """Where the true accuracies come from (source, column, dataset, split, epochs, seeds), what they cost."""
     proxies: list[ProxyResult]
     wall_s: float | None = None
 

@@ -80,6 +80,7 @@ class SpaceDefinition:
         config_type: `NasConfig`, with a section for the space's own options if it has any (`--set`).
         options: names of the options.
         truths: sources of true accuracies by the name that `--truth` takes: `table`, or `api:FILE`.
+        truth_columns: their column for each dataset that they have accuracies of; first, where none is known.
         harnesses: for `--compat`: faults of another harness, each by label with what it changes in a proxy.
         published: paper and table of its published figures (reports/published.csv).
         published_options: the `NasOptions` that the paper states for them; None for an option left unset.
@@ -92,6 +93,7 @@ class SpaceDefinition:
     config_type: type[NasConfig] = NasConfig
     options: tuple[str, ...] = ()
     truths: Mapping[str, TruthSource] = field(default_factory=dict)
+    truth_columns: Mapping[str, str] = field(default_factory=dict)
     harnesses: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     published: tuple[str, str] | None = None
     published_options: Mapping[str, Any] = field(default_factory=dict)

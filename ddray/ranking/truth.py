@@ -4,13 +4,14 @@ import csv
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
+from ddray.data.reference import DatasetRef
 from ddray.errors import InputError, unknown
 from ddray.ranking import get_definition
 from ddray.ranking.options import NasOptions
@@ -30,11 +31,36 @@ class Truth:
         source: where they come from.
         values: accuracy in [0, 1] that a ranking is compared with, NaN where unknown [A] (or [T, A] by seed).
         test: accuracy in [0, 1] on test for the table's last column [A]; None if unknown.
+        facts: what is known of them: `column`, `dataset`, `split`, `epochs` and `seeds`.
     """
 
     source: str
     values: np.ndarray[Any, Any]
     test: np.ndarray[Any, Any] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def with_column(options: NasOptions, dataset: str | None) -> NasOptions:
+    """Return options whose truth has a column: the one for `dataset`, unless another is named.
+
+    `dataset` is what architectures are ranked on, with its options; None: unknown, as for scores of a file.
+
+    Raises:
+        InputError: the truth has no accuracies of the dataset, and no column is named.
+    """
+    definition = get_definition(options.space)
+    kind, _, file = options.truth.partition(":")
+    columns = definition.truth_columns
+    if options.truth_column or not columns or (f"{kind}:FILE" if file else kind) not in definition.truths:
+        return options
+    name = next(iter(columns)) if dataset is None else DatasetRef.parse(dataset).base
+    if name not in columns:
+        raise InputError(
+            f"--truth {kind} must be of the dataset that architectures are ranked on, got {name}; it has "
+            f"{', '.join(columns)}: name a column to compare with another dataset, such as --truth-column "
+            f"{' or '.join(columns.values())}"
+        )
+    return options.model_copy(update={"truth_column": columns[name]})
 
 
 def read_truth(options: NasOptions, space: NasSpace, indices: Sequence[int]) -> Truth:
@@ -91,7 +117,9 @@ def csv_truth(
         )
     values = np.array([by_index[index][accuracy_column] for index in indices]) / scale
     test = np.array([by_index[index].get(_CSV_TEST, math.nan) for index in indices]) / scale
-    return Truth(f"csv:{path.name}:{accuracy_column}", values, test if np.isfinite(test).any() else None)
+    facts = {"column": accuracy_column}
+    tested = test if np.isfinite(test).any() else None
+    return Truth(f"csv:{path.name}:{accuracy_column}", values, tested, facts)
 
 
 def read_scores(path: Path, space: NasSpace | None = None) -> tuple[list[int], np.ndarray[Any, Any]]:

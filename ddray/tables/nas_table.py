@@ -18,6 +18,7 @@ from ddray.ranking.command import check_compat, run_nas
 from ddray.ranking.options import NasRequest
 from ddray.ranking.proxies import check_baselines
 from ddray.ranking.sweep import NasOptions, choose_architectures, resolve_config
+from ddray.ranking.truth import with_column
 from ddray.runs.executor import Executor
 from ddray.runs.folder import Run
 from ddray.system.files import storage_errors
@@ -115,7 +116,7 @@ def resolve_sweeps(
     """
     sweeps = []
     for sweep in graph.sweeps:
-        nas_options = sweep_options(sweep, spec, options)
+        nas_options = with_column(sweep_options(sweep, spec, options), sweep.dataset)
         check_baselines(sweep.baselines, open_dataset(sweep.dataset))
         check_compat(sweep.evaluate.options.get("compat"), nas_options.space)
         sweeps.append(NasSweep(sweep, nas_options))

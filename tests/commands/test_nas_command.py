@@ -9,8 +9,9 @@ import pytest
 
 from ddray.cli import _run
 from ddray.cluster import resources
+from ddray.errors import InputError
 from ddray.ranking import command as rank
-from ddray.ranking.options import NasOptions
+from ddray.ranking.options import NasModes, NasOptions, NasRequest
 from ddray.ranking.result import NasResult
 
 RANK = ("nas", "--proxy", "some.pt")
@@ -53,7 +54,11 @@ def test_options_that_would_be_ignored(
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--proxy", "some.pt"), ("--baseline", "random"), ("--set", "recipe.lr=1"), ("--compat", "x")],
+    [
+        *(("--proxy", "some.pt"), ("--baseline", "random"), ("--set", "recipe.lr=1"), ("--compat", "x")),
+        *(("--sample", "10"), ("--run-dir", "/nowhere"), ("--seeds", "9"), ("--epochs", "7")),
+        *(("--max-mflops", "1.0"), ("--dataset", "no_such"), ("--val-images", "9"), ("--num-workers", "2")),
+    ],
 )
 def test_given_scores_are_of_no_training(
     capsys: pytest.CaptureFixture[str], csvs: dict[str, str], arguments: tuple[str, str]
@@ -63,6 +68,19 @@ def test_given_scores_are_of_no_training(
         line
         == f"error: {arguments[0]} must be left out with --scores, which trains nothing, got {arguments[1]}"
     )
+
+
+def test_every_option_that_scores_do_not_use_is_refused(
+    capsys: pytest.CaptureFixture[str], csvs: dict[str, str]
+) -> None:
+    line = refused(capsys, "nas", "--scores", csvs["scores"], "--truth", csvs["truth"], "--resume")
+    assert line == "error: --resume must be left out with --scores, which trains nothing, got True"
+    line = refused(capsys, "nas", "--describe", "all", "--sample", "3")
+    assert line == "error: --sample must be left out with --describe, which lists a space, got 3"
+    every = {*NasRequest.model_fields, *NasModes.model_fields, *NasOptions.model_fields}
+    for name in every - {"scores", "space", "truth", "truth_column", "seed", "proxies", "executor"}:
+        with pytest.raises(InputError, match="must be left out with --scores"):
+            rank.check_modes({"scores": csvs["scores"], name: "x"})
 
 
 @pytest.mark.parametrize(("scores", "truth"), [("outside", "truth"), ("scores", "wrong")])

@@ -25,7 +25,13 @@ from ddray.ranking.training import train_seeds
 from ddray.seeding import derive
 
 PUBLISHED = NasOptions(
-    space="nasbench201", sample=100, sampling="uniform", seeds=5, val_images=10_000, truth="table"
+    space="nasbench201",
+    sample=100,
+    sampling="uniform",
+    seeds=5,
+    val_images=10_000,
+    truth="table",
+    truth_column="cifar10_test_200_mean",
 )
 NUMBERS = {
     **{"epochs": 50, "lr": 0.025, "lr_min": 0.001, "lr_every": "epoch", "momentum": 0.9, "nesterov": False},

@@ -271,11 +271,12 @@ def test_a_proxy_on_which_nothing_finishes_costs_its_own_figures_alone(
     assert (tmp_path / "none" / "report.html").is_file()
 
 
+CIFAR10_TRUTH: dict[str, Any] = {"truth": "table", "truth_column": "cifar10_test_200_mean"}
 VARIANTS = ["softmax over one-hot", "softmax, one_hot cut", "unshuffled", "all three"]
 
 
 def test_dcbench_bugs_are_proxies_of_their_own(tmp_path: Path, proxies: dict[str, Path]) -> None:
-    settings = {"space": "nasbench201", "sample": 3, "truth": "table", "compat": "dcbench"}
+    settings = {"space": "nasbench201", "sample": 3, "compat": "dcbench", **CIFAR10_TRUTH}
     out = run(tmp_path / "run", [proxies["random"]], **settings)
     assert [figures["proxy"] for figures in out["proxies"]] == [
         "random.pt",
@@ -297,7 +298,7 @@ def test_every_dcbench_bug_makes_another_network(
         return mode
 
     monkeypatch.setattr("ddray.ranking.worker.train_seeds", spy)
-    nas_options = NasOptions(space="nasbench201", sample=1, epochs=2, truth="table", executor="local")
+    nas_options = NasOptions(space="nasbench201", sample=1, epochs=2, executor="local", **CIFAR10_TRUTH)
     config = resolve_config(nas_options, ({"recipe": {"batch": 4}, "whole_epochs": 1},))
     request = NasRequest(
         proxies=(proxies["random"],), baselines=("random", "early-stopping"), compat="dcbench"
@@ -427,7 +428,7 @@ def test_dcbench_trains_the_whole_set_as_a_proxy_for_10_epochs(proxies: dict[str
     assert epochs({}, epochs=3, **cells) == epochs({"recipe": {"epochs": 3}}, **cells) == 3
     assert epochs({"whole_epochs": 7}, epochs=3, **cells) == 7
     assert epochs({}) == 200
-    nas_options = NasOptions(sample=2, truth="table", executor="local", **cells)
+    nas_options = NasOptions(sample=2, executor="local", **CIFAR10_TRUTH, **cells)
     request = NasRequest(proxies=(proxies["random"],), baselines=("whole",))
     sweep = rank.prepare(request, nas_options, resolve_config(nas_options))
     assert [proxy.num_steps for proxy in sweep.proxies] == [None, 10 * math.ceil(1293 / 64)]

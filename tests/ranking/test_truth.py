@@ -18,7 +18,7 @@ from ddray.ranking.figures_of_merit import figures_of_merit
 from ddray.ranking.nasbench201 import api_truth, read_table, table_truth
 from ddray.ranking.options import NasOptions
 from ddray.ranking.spaces import get_space
-from ddray.ranking.truth import csv_truth, read_scores, read_truth
+from ddray.ranking.truth import csv_truth, read_scores, read_truth, with_column
 
 CELLS = [9930, 6111, 5, 15624]
 SEEDS = (777, 888, 999)
@@ -68,6 +68,40 @@ class TestTable:
         assert result["best_truth_accuracy"] == pytest.approx(0.943733, abs=1e-6)
         low, high = result["spearman_ci95"]
         assert low <= result["spearman"] <= high
+
+
+class TestColumn:
+    """What a ranking is compared with is of its own dataset, or named."""
+
+    @pytest.mark.parametrize(
+        ("dataset", "column"),
+        [
+            ("cifar10", "cifar10_test_200_mean"),
+            ("cifar100?image_size=32", "cifar100_test_200_mean"),
+            (None, "cifar10_test_200_mean"),
+        ],
+    )
+    @pytest.mark.parametrize("truth", ["table", "api:some.pth"])
+    def test_it_is_the_datasets(self, truth: str, dataset: str | None, column: str) -> None:
+        options = with_column(NasOptions(space="nasbench201", truth=truth), dataset)
+        assert options.truth_column == column
+
+    def test_of_another_dataset_it_must_be_named(self) -> None:
+        with pytest.raises(InputError, match=r"got digits; it has cifar10, cifar100, .*--truth-column cifar"):
+            with_column(NasOptions(space="nasbench201", truth="table"), "digits")
+        chosen = NasOptions(space="nasbench201", truth="table", truth_column="cifar10_valid_12")
+        assert with_column(chosen, "digits") == chosen
+
+    @pytest.mark.parametrize("options", [{"truth": "some.csv", "space": "nasbench201"}, {"truth": "whole"}])
+    def test_other_truths_have_none(self, options: dict[str, Any]) -> None:
+        assert with_column(NasOptions(**options), "digits").truth_column is None
+
+    def test_what_it_is_of_is_said(self) -> None:
+        assert table_truth([0], "cifar10_valid_200_s888").facts == {
+            **{"column": "cifar10_valid_200_s888", "dataset": "cifar10", "split": "valid"},
+            **{"epochs": 200, "seeds": "888"},
+        }
+        assert table_truth([0]).facts["seeds"] == "all"
 
 
 class TestCsv:
