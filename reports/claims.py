@@ -118,7 +118,11 @@ def _part(record: Mapping[str, Any], part: str) -> Iterator[str]:
         {k: v for k, v in claim.items() if k != "part"} for claim in record["claims"] if claim["part"] == part
     ]
     lines = [verdict_line(Verdict.parse(claim)) for claim in claims]
-    yield from table(_COLUMNS, [[line[name] for name in _COLUMNS] for line in lines])
+    shared = [name for name in ("on", "n") if len({line[name] for line in lines}) == 1]
+    columns = [name for name in _COLUMNS if name not in shared]
+    yield " ".join(f"All {name} {lines[0][name]}." for name in shared)
+    yield ""
+    yield from table(columns, [[line[name] for name in columns] for line in lines])
     cells = facts["cells"]
     several = [name for name in ("ipc", "protocol") if len({cell.get(name) for cell in cells}) > 1]
     rows = [_line(cell, several) for cell in cells]

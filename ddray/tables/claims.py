@@ -75,7 +75,7 @@ class Verdict(Result):
     accuracy: tuple[float | None, float | None]
     """Means of the two rows over the pairs."""
     budget: dict[str, str]
-    """Of each row what was cut of its preset's budget, or `preset`."""
+    """Of each row what was cut of its preset's budget, or `preset`, with its steps if it has any."""
     device_hours: float
     """Hours of one device for the sets and scores of both rows, without networks that runs share."""
     paper: str | None
@@ -156,12 +156,20 @@ def verdicts(
             verdict=_verdict(p, facts["effect"]),
             p=p,
             **facts,
-            budget={cell.method: cell.cut or "preset" for cell in (better, worse)},
+            budget={cell.method: _budget_of(cell, row_of) for cell in (better, worse)},
             paper=claim.paper,
             where=claim.where,
         )
         for (claim, (better, worse)), facts, p in zip(pairs, compared, adjusted, strict=True)
     ]
+
+
+def _budget_of(cell: Cell, row_of: Callable[[str], Row | None]) -> str:
+    if cell.cut is not None:
+        return cell.cut
+    row = row_of(cell.sets[0]) if cell.sets else None
+    steps = row.result.get("steps") if row is not None else None
+    return f"preset, {steps:,} steps" if steps else "preset"
 
 
 def _verdict(p: float | None, effect: float | None) -> Literal["holds", "fails", "undecided"]:

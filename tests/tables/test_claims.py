@@ -17,7 +17,7 @@ from ddray.errors import InputError
 from ddray.runs.ledger import Row, Unit
 from ddray.tables.claims import Claim, Verdict, holm, pairs_of, verdict_line, verdicts
 from ddray.tables.graph import build_graph
-from ddray.tables.spec import read_spec
+from ddray.tables.spec import Limits, read_spec
 from ddray.tables.units import Cell
 from tests.report.pages import Tables
 from tests.tables.benches import TINY, run, spec, table_cell
@@ -126,6 +126,17 @@ def test_each_worse_row_is_a_comparison() -> None:
     ]
 
 
+def test_an_uncut_budget_has_the_presets_steps() -> None:
+    unit = Unit(kind="distill", spec={"method": "dm"})
+    row = Row(key=unit.key, kind="distill", spec=unit.spec, status="done", result={"steps": 2000}, wall_s=1)
+    cell, rows = scored("dm", DM)
+    dm = (cell.model_copy(update={"sets": (unit.key,)}), rows | {unit.key: row})
+    cut = scored("random", RANDOM)[0].model_copy(update={"cut": "epochs 1 of 300"})
+    (verdict,) = decide(dm, (cut, scored("random", RANDOM)[1]))
+    assert verdict.budget == {"dm": "preset, 2,000 steps", "random": "epochs 1 of 300"}
+    assert verdict_line(verdict)["budget"] == "dm: preset, 2,000 steps; random: epochs 1 of 300"
+
+
 class TestCells:
     """A claim names the cells that it compares."""
 
@@ -164,6 +175,7 @@ def test_the_run_writes_its_verdicts_and_answers_other_claims_later(tmp_path: Pa
     assert "paired t-test over sets" in stored["test"]
     assert (verdict["n"], verdict["networks"]) == (2, 2)
     assert verdict["budget"]["dm"].startswith("steps 2 of ")
+    assert verdict["budget"]["random"].startswith("epochs 1 of ")
     by_method = {cell["method"]: cell for cell in first["cells"] if cell["arch"] == "convnet1_w8"}
     gain = by_method["dm"]["accuracy_mean"] - by_method["random"]["accuracy_mean"]
     assert verdict["effect"] == pytest.approx(gain)
@@ -205,7 +217,7 @@ FILES = sorted((Path(__file__).resolve().parents[2] / "configs" / "claims").glob
 @pytest.mark.skipif(not FILES, reason="the wheel ships them")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_claims_of_a_shipped_file_fit_its_rows(file: Path) -> None:
-    shipped = read_spec(file, "smoke")
+    shipped = read_spec(file, "smoke").model_copy(update={"limits": Limits()})  # on digits, in all its sizes
     pairs = pairs_of(shipped.claims, build_graph(shipped, open_dataset).cells)
     assert len(pairs) >= len(shipped.claims) >= 4
     assert len({(claim.say, worse.method) for claim, (_, worse) in pairs}) == len(pairs)
