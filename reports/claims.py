@@ -18,7 +18,7 @@ from typing import Any, Final
 from ddray.drawing.text import listed, percent_short
 from ddray.runs.ledger import Ledger
 from ddray.system.files import write_text
-from ddray.tables.claims import TEST, Verdict, verdict_line
+from ddray.tables.claims import TEST, Verdict, claims_table
 from reports.scale.lab import Lab, ddray
 from reports.sections import commit, hardware, table
 
@@ -117,11 +117,9 @@ def _part(record: Mapping[str, Any], part: str) -> Iterator[str]:
     claims = [
         {k: v for k, v in claim.items() if k != "part"} for claim in record["claims"] if claim["part"] == part
     ]
-    lines = [verdict_line(Verdict.parse(claim)) for claim in claims]
-    shared = [name for name in ("on", "n") if len({line[name] for line in lines}) == 1]
-    columns = [name for name in _COLUMNS if name not in shared]
-    yield " ".join(f"All {name} {lines[0][name]}." for name in shared)
-    yield ""
+    shared, lines = claims_table([Verdict.parse(claim) for claim in claims])
+    columns = [name for name in _COLUMNS if name in lines[0]]
+    yield from (shared, "") if shared else ()
     yield from table(columns, [[line[name] for name in columns] for line in lines])
     cells = facts["cells"]
     several = [name for name in ("ipc", "protocol") if len({cell.get(name) for cell in cells}) > 1]

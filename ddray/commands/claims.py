@@ -36,13 +36,17 @@ def claims(emit: Emit, file: Path, **options: Any) -> None:
 
 def claims_tables(result: ClaimsResult, reading: Sequence[object] = ()) -> list[Any]:
     """Return what became of each claim, how it was decided, failures, and where the page is."""
-    from ddray.tables.claims import verdict_line
+    from ddray.tables.claims import claims_table
 
-    lines = [verdict_line(verdict) for verdict in result.claims]
-    columns = ("claim", "rows", "verdict", "effect", "p", "n", "budget")
+    shared, lines = claims_table(result.claims)
+    columns = [
+        name for name in ("claim", "rows", "verdict", "effect", "p", "n", "budget") if name in lines[0]
+    ]
     summary = {"test": result.test, "failed units": result.num_failed, "report": result.report}
     return [
-        display.table(result.name, columns, [[line[name] for name in columns] for line in lines]),
+        display.table(
+            f"{result.name}. {shared}", columns, [[line[name] for name in columns] for line in lines]
+        ),
         *(f"failed: {one['unit']}: {one['reason']}" for one in result.failures),
         display.table_of("claims", summary),
         display.next_step("report", Path(result.run_dir), *reading),

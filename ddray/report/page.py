@@ -33,7 +33,7 @@ from ddray.report.scored import without_stages
 from ddray.system.grouping import grouped
 from ddray.tables.along import group_of
 from ddray.tables.anomalies import anomalies
-from ddray.tables.claims import TEST, verdict_line
+from ddray.tables.claims import TEST, claims_table
 from ddray.tables.columns import generators_of
 from ddray.tuning.report import search_view
 from ddray.tuning.space import read_space
@@ -79,7 +79,7 @@ def write_page(
         "report.html",
         runs=runs,
         title=headline(runs[0], rankings) if len(runs) == 1 else of_cells(cells, f"{len(runs)} runs"),
-        claims=[verdict_line(verdict) for run in runs for verdict in run.claims],
+        claims=claims_table([verdict for run in runs for verdict in run.claims]),
         claims_test=TEST,
         boards=list(_leaderboards(cells, sets)),
         charts=[{**chart, "run": run.title} for run in views for chart in charts.charts(run)],

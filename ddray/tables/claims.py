@@ -234,6 +234,15 @@ def holm(values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
+def claims_table(claims: Sequence[Verdict]) -> tuple[str, list[dict[str, str]]]:
+    """Return verdicts as people read them, by column, and before them what all of them share."""
+    lines = [verdict_line(verdict) for verdict in claims]
+    shared = [name for name in ("on", "n") if len({line[name] for line in lines}) == 1 < len(lines)]
+    text = ", ".join(f"{name} {lines[0][name]}" for name in shared)
+    without = [{name: value for name, value in line.items() if name not in shared} for line in lines]
+    return f"All {text}." if text else "", without
+
+
 def verdict_line(verdict: Verdict) -> dict[str, str]:
     """Return a verdict as people read it, by column."""
     low, high = verdict.ci95 or (None, None)

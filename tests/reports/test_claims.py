@@ -60,8 +60,7 @@ def test_a_part_is_continued_and_recorded_once(tmp_path: Path, commands: list[tu
     text = "\n".join(claims.page(record))
     assert "| Methods on digits, ipc 1 | 1 | 0 | 0 |" in text
     assert "| Methods on CIFAR-10, ipc 1 | not measured |  |  |" in text
-    assert "All on digits, ipc 1, hard, convnet3. All n 5 x 3." in text
-    assert "| DM beats random images | holds | +20.0 [+10.0, +30.0] | 0.01 | dm over random |" in text
+    assert "| DM beats random images | holds | +20.0 [+10.0, +30.0] | 0.01 | 5 x 3 | dm over random |" in text
     assert "| dm: steps 10 of 150 | datadam Table 3 |" in text
     assert "| dm | 90.0 \u00b1 1.0 | 5 x 3 | 85.0 (10), 90.0 (20) | - | - |" in text
     assert "commit 0123456789ab, 2026-11-30" in text

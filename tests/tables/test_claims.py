@@ -15,7 +15,7 @@ from ddray.commands.claims import claims_tables
 from ddray.data import open_dataset
 from ddray.errors import InputError
 from ddray.runs.ledger import Row, Unit
-from ddray.tables.claims import Claim, Verdict, holm, pairs_of, verdict_line, verdicts
+from ddray.tables.claims import Claim, Verdict, claims_table, holm, pairs_of, verdict_line, verdicts
 from ddray.tables.graph import build_graph
 from ddray.tables.spec import Limits, read_spec
 from ddray.tables.units import Cell
@@ -135,6 +135,16 @@ def test_an_uncut_budget_has_the_presets_steps() -> None:
     (verdict,) = decide(dm, (cut, scored("random", RANDOM)[1]))
     assert verdict.budget == {"dm": "preset, 2,000 steps", "random": "epochs 1 of 300"}
     assert verdict_line(verdict)["budget"] == "dm: preset, 2,000 steps; random: epochs 1 of 300"
+
+
+def test_what_all_lines_share_is_said_once() -> None:
+    claim = CLAIM.model_copy(update={"worse": ("random", "herding")})
+    several = decide(scored("dm", DM), scored("random", RANDOM), scored("herding", DM[::-1]), claims=(claim,))
+    shared, lines = claims_table(several)
+    assert shared == "All on cifar10, ipc 1, hard, convnet3, n 4 x 2."
+    assert [line["rows"] for line in lines] == ["dm over random", "dm over herding"]
+    assert not {"on", "n"} & lines[0].keys()
+    assert claims_table(several[:1]) == ("", [verdict_line(several[0])])
 
 
 class TestCells:
