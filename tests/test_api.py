@@ -170,7 +170,8 @@ class TestRuns:
         scores = tmp_path / "scores.csv"
         scores.write_text("index,score\n0,0.1\n1,0.2\n2,0.3\n")
         ranked = ddray.nas(scores=scores, truth=str(truth))
-        assert ranked.dump().keys() == {"space", "num_archs", "proxies"}
+        assert ranked.dump().keys() == {"space", "num_archs", "truth", "proxies"}
+        assert ranked.truth == {"source": str(truth), "column": "accuracy"}
         assert len(ranked.to_pandas()) == 1
         with pytest.raises(InputError, match="must be one of local, ray, got 'lokal'; did you mean 'local'"):
             ddray.nas(distilled, executor="lokal")

@@ -47,10 +47,9 @@ def figures_of_merit(
     """Compare a proxy's ranking by val accuracies `scores` [S, A] (or [A]) with the `truth` [T, A] (or [A]).
 
     NaN marks a failed unit, or an unknown truth; another number of architectures is a ValueError. Both sides
-    are means over the seeds that finished. Equal values share their average rank in correlations. Elsewhere
-    no order of the architectures decides between them: top 1, 5 and 10 are means over all choices among the
-    tied (None where all scores are equal: nothing is ranked), and at the border of the top 20 % the tied
-    count in part.
+    are means over the seeds that finished. Equal values share their average rank in correlations; top 1, 5
+    and 10 are means over all choices among the tied (None where all scores are equal: nothing is ranked), and
+    at the border of the top 20 % the tied count in part.
 
     `chance` is the accuracy of the best constant guess, the share of val's largest class. A mean score counts
     as at chance up to one standard error sqrt(chance (1 - chance) / num_val) above it, without `num_val` (the

@@ -89,8 +89,8 @@ class TestColumn:
     def test_of_another_dataset_it_must_be_named(self) -> None:
         with pytest.raises(InputError, match=r"got digits; it has cifar10, cifar100, .*--truth-column cifar"):
             with_column(NasOptions(space="nasbench201", truth="table"), "digits")
-        chosen = NasOptions(space="nasbench201", truth="table", truth_column="cifar10_valid_12")
-        assert with_column(chosen, "digits") == chosen
+        named = NasOptions(space="nasbench201", truth="table", truth_column="cifar10_valid_12")
+        assert with_column(named, "digits") == named
 
     @pytest.mark.parametrize("options", [{"truth": "some.csv", "space": "nasbench201"}, {"truth": "whole"}])
     def test_other_truths_have_none(self, options: dict[str, Any]) -> None:
