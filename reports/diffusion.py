@@ -151,6 +151,8 @@ def generator(epochs: tuple[int, ...] = (100, 400), per_class: int = 100) -> dic
             }
 
         rows.append({"epochs": num, **row("real test images, encoded and decoded", real, test.labels)})
+        others = model.encode(train.images.float() / 255, "mode")
+        rows.append({"epochs": num, **row("real train images, encoded and decoded", others, train.labels)})
         for steps, guidance in ((20, 1.0), (20, 4.0), (50, 4.0)):
             levels = Levels(num_inference_steps=steps, num_steps=steps, guidance=guidance)
             drawn = torch.randn(len(labels), real.shape[1], generator=torch.Generator().manual_seed(0))
