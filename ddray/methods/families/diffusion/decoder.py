@@ -107,8 +107,8 @@ class D3HRConfig(MethodConfig):
 
     @property
     def edition(self) -> int:
-        """1 for the authors' score, whose skewness first ran over other axes."""
-        return int(self.form == "repo")
+        """Counts two mends: the axes of the authors' skewness, and the scale of own generators' latents."""
+        return int(self.form == "repo") + int(self.diffusion is None)
 
     @property
     def has_space(self) -> bool:

@@ -58,6 +58,11 @@ class GeneratedConfig(MethodConfig):
 
     _absolute = field_validator("diffusion")(absolute)
 
+    @property
+    def edition(self) -> int:
+        """1 for own generators, whose pool entries first lost the scale of their latents."""
+        return int(self.diffusion is None)
+
 
 def generated_preset(name: str, target: Target) -> dict[str, Any]:
     """Return run settings: `paper` and `repo` are the same."""

@@ -79,7 +79,7 @@ def latents_spec(base: PoolSpec, source: Mapping[str, Any], *, encoding: str, pr
     `source` is the generator, as `{"spec": ...}` or as `{"fingerprint": ...}` of a folder, and `precision`
     that of its networks.
     """
-    recipe = {"source": dict(source), "encoding": encoding, "precision": precision}
+    recipe = {"source": dict(source), "encoding": encoding, "precision": precision, **_edition(source)}
     parent = source["fingerprint"] if "fingerprint" in source else PoolSpec.parse(source["spec"]).key
     return _derived(base, "latents", recipe, parent)
 
@@ -108,8 +108,13 @@ def minimax_spec(
 
     `ids` are the generator's class labels, `parent` its key or its folder's fingerprint.
     """
-    settings = {"source": dict(source), "class_ids": list(ids), **recipe.dump()}
+    settings = {"source": dict(source), "class_ids": list(ids), **recipe.dump(), **_edition(source)}
     return _derived(base, "minimax", settings, parent)
+
+
+def _edition(source: Mapping[str, Any]) -> dict[str, int]:
+    """Return what tells entries made by a pool's generator from those of before its scale was kept."""
+    return {"edition": 1} if "spec" in source else {}
 
 
 def _derived(base: PoolSpec, kind: str, recipe: dict[str, Any], *parents: str) -> PoolSpec:
@@ -152,7 +157,8 @@ class StageTrainer:
         )
         nets = {part: getattr(model, part) for part in PARTS}
         tensors = {f"{part}.{name}": t for part, net in nets.items() for name, t in net.state_dict().items()}
-        configs = {**{part: dict(net.config) for part, net in nets.items()}, "scheduler": model.scheduler}
+        configs = {part: _config_of(net.config) for part, net in nets.items()}
+        configs["scheduler"] = dict(model.scheduler)
         seen = [*(dict(part) for part in model.seen), {"dataset": spec.dataset, "split": spec.split}]
         # Through JSON: configurations contain tuples and objects of the libraries.
         configs = json.loads(json.dumps(configs, default=str))
@@ -222,12 +228,21 @@ class StageTrainer:
         return {"latents": torch.cat(outputs)}, {}
 
 
+def _config_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a network's configuration as diffusers' `from_config` takes all of it.
+
+    It leaves out what the configuration lists as defaults of its constructor, though the values may have been
+    changed since, as the scale of latents is.
+    """
+    return {name: value for name, value in config.items() if name != "_use_default_values"}
+
+
 def entry_generator(entry: PoolEntry) -> DiffusionModel:
     """Return the generator stored in a pool entry of kind `diffusion`."""
     meta, nets = entry.meta, []
     for part, kind in network_kinds().items():
         with forked_global(0):
-            net = kind.from_config(meta["configs"][part])
+            net = kind.from_config(_config_of(meta["configs"][part]))
         prefix = f"{part}."
         net.load_state_dict(
             {k.removeprefix(prefix): v for k, v in entry.tensors.items() if k.startswith(prefix)}
