@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ddray.data import Split
 from ddray.distillation.method import Target
@@ -78,6 +79,29 @@ def test_a_trained_generator_says_what_it_has_seen(d3hr: Any, tmp_path: Path) ->
     assert open_pipeline(tmp_path / "own").seen == (expected,)
     ctx, method = d3hr(whole=False, generator={**TINY, "init": str(tmp_path / "own")})
     assert stages.load_generator(method._engine._source, ctx.pool).seen == (expected, expected)
+
+
+def test_a_trained_generator_keeps_the_scale_of_its_latents(d3hr: Any, tmp_path: Path) -> None:
+    """diffusers' from_config drops what a configuration calls a default, though it was changed since."""
+    ctx, method = d3hr(whole=False)
+    model = stages.load_generator(method._engine._source, ctx.pool)
+    pixels, generator = ctx.dataset.train().images.float() / 255, torch.Generator().manual_seed(0)
+    latents = model.encode(pixels, "sample", generator)
+    assert float(latents.std()) == pytest.approx(1, abs=0.05)
+    assert model.vae.config.scaling_factor != pytest.approx(0.18215)
+
+    save_pipeline(model, tmp_path / "own")
+    opened = open_pipeline(tmp_path / "own").vae.config.scaling_factor
+    assert opened == model.vae.config.scaling_factor
+
+
+def test_what_an_earlier_generator_made_is_made_anew(planned: Any, toy: Any, dit: str) -> None:
+    _, ctx, distiller = planned("d3hr", toy(), method=BASE)
+    derived = [spec for spec in distiller.pool_specs(ctx) if spec.kind != "diffusion"]
+    assert derived
+    assert all("'edition': 1" in str(spec.dump()) for spec in derived)
+    editions = [D3HRConfig.parse(changes).edition for changes in ({}, {"form": "repo"}, {"diffusion": dit})]
+    assert editions == [1, 2, 0]
 
 
 def test_what_the_generator_does_not_have_is_refused_before_anything_is_made(
