@@ -203,7 +203,10 @@ def render(parts: dict[str, Any]) -> str:
     """Return d3hr.md."""
     machines = " | ".join(sorted({hardware(part) for part in parts.values()}))
     lines = ["# D3HR, measured", "", "Written by `python reports/diffusion.py`; do not edit.", ""]
-    lines += [f"Measured on {machines}.", ""]
+    lines += [
+        f"Measured on {machines}. What was measured before 2026-12-01 is of a generator whose latents had the"
+    ]
+    lines += ["wrong scale ([why](../docs/anomalies.md)); the rows of the score are of normal draws.", ""]
     if part := parts.get("sweeps"):
         lines += ["## Candidates and weights on digits, ipc 10 (one inversion for all trials)", ""]
         lines += ["| setting | val % |", "|---|---|"]

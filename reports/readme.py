@@ -16,7 +16,9 @@ CHANGED_SINCE = (
     "Numbers are of the commit that stands below them. Since 2026-11-29 these are other conditions under the "
     "same name, and were not measured again: soft labels (recipes `paper` and `repo`; RDED's and SRe2L's "
     "own), DSDM's preset `paper` (DM's augmentation and momentum), D3HR's preset `repo` (skewness), "
-    "NAS-Bench-201's cells (no augmentation, a rate that falls after each epoch)."
+    "NAS-Bench-201's cells (no augmentation, a rate that falls after each epoch). Since 2026-12-01: D3HR, "
+    "dit and minimax with a generator that is trained here, whose latents had the wrong scale before "
+    "([why](../docs/anomalies.md))."
 )
 OTHER_PAGES = {
     "claims.md": "Which claims of the papers hold at this scale, by paired tests over sets.",
