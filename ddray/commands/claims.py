@@ -42,11 +42,10 @@ def claims_tables(result: ClaimsResult, reading: Sequence[object] = ()) -> list[
     columns = [
         name for name in ("claim", "rows", "verdict", "effect", "p", "n", "budget") if name in lines[0]
     ]
+    title = f"{result.name}. {shared}" if shared else result.name
     summary = {"test": result.test, "failed units": result.num_failed, "report": result.report}
     return [
-        display.table(
-            f"{result.name}. {shared}", columns, [[line[name] for name in columns] for line in lines]
-        ),
+        display.table(title, columns, [[line[name] for name in columns] for line in lines]),
         *(f"failed: {one['unit']}: {one['reason']}" for one in result.failures),
         display.table_of("claims", summary),
         display.next_step("report", Path(result.run_dir), *reading),
